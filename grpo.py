@@ -1,0 +1,2415 @@
+"""grpo.py: DeepSeek-R1 in one readable file.
+
+R1-Zero takes a base model, samples a group of completions for every problem, rewards each by rule, and makes
+what did better than its group more likely. No reasoning is ever shown to it, and it learns to reason.
+
+    python grpo.py                                             # a laptop, no GPU, no network: minutes
+    python grpo.py --model Qwen/Qwen2.5-0.5B --data gsm8k      # one CUDA GPU
+    python grpo.py --help                                      # every setting, its unit, the paper's value
+
+It reads from top to bottom: problems, base model, rewards, sampling, log-probabilities, advantages and loss,
+optimiser, training, evaluation, stages, the command line. `train_grpo` is the paper's algorithm.
+
+References, as cited below:
+    [R1]      DeepSeek-R1, arXiv 2501.12948: equations 1-3, Table 1
+    [N]       the same in Nature 645 (2025) 633-638, with the hyper-parameters
+    [GRPO]    DeepSeekMath, arXiv 2402.03300: the algorithm, token by token
+    [DAPO]    arXiv 2503.14476    [DrGRPO] arXiv 2503.20783    [PASS] pass@k, arXiv 2107.03374
+
+Departures from the paper, all of them:
+    1. Ratio, clip and KL are per token, as [GRPO] has them; [R1 Eq. 1-2] prints them per completion.
+    2. A group's standard deviation is the population's plus 1e-4, and a flat group has advantage exactly 0;
+       [R1 Eq. 3] says neither.
+    3. The clip range is 0.2. None is given for R1-Zero; [N] gives 10 for R1, where it hardly ever acts.
+    4. Truncated completions stay in the loss with what they earned; --mask_truncated takes them out.
+    5. A rollout serves 2 updates, not 16; batches, lengths and models are smaller by orders of magnitude.
+    6. Stated nowhere, chosen here: Adam's betas (0.9, 0.95), no weight decay, gradients clipped to norm 1,
+       a short warm-up, sums in float32 over bfloat16 weights.
+
+Dimension names: batch = prompts x group_size, the completions of one prompt side by side; completion = sampled
+tokens, padded on the right; length = prompt + completion, padded on the right; tokens = without any padding.
+"""
+
+import argparse
+import ast
+import copy
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import math
+import operator
+import os
+import random
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal, get_args
+
+import sympy
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser,
+                          PreTrainedTokenizerFast, Qwen3Config)
+
+# ------------------------------------------------------------------------------------------------------------
+# Config
+# ------------------------------------------------------------------------------------------------------------
+
+R1_TEMPLATE = (  # [R1 Table 1], word for word; the question takes the place of {question}
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The "
+    "assistant first thinks about the reasoning process in the mind and then provides the user with the answer. "
+    "The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, "
+    "respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>. "
+    "User: {question}. Assistant:"
+)
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used: the message names it and says what to do; exit status 2."""
+
+
+class RunError(RuntimeError):
+    """A run cannot go on: the message says why and what to do; exit status 1."""
+
+
+def setting(default, help: str, paper: str = ""):
+    """A field of Config: its default, explanation with unit, and the paper's value where it gives one."""
+    return field(default=default, metadata={"help": (help + f" [paper: {paper}]" * bool(paper)).replace("%", "%%")})
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run. These defaults suit 0.5B to 3B on one GPU of 24 to 80 GB; TINY changes some."""
+
+    # what runs
+    stage: Literal["zero", "eval"] = setting("zero", "zero: R1-Zero; eval: evaluate only")
+    model: str = setting("tiny", "tiny (the embedded base model), a checkpoint folder, or a name on the hub")
+    data: str = setting("countdown", "countdown, calculator, gsm8k, math500, or a JSON-lines file")
+    eval_data: str | None = setting(None, "problems to evaluate on; default: a part of --data that is held out")
+    output_dir: str | None = setting(None, "folder of the run; default: runs/STAGE, runs/STAGE-2, …")
+    resume: bool = setting(False, "go on with the run in output_dir, or the newest of its stage")
+    save_every: int = setting(25, "steps between checkpoints")
+    seed: int = setting(0, "of all that is random, the embedded base model's training included")
+    device: str = setting("auto", "auto (cuda where there is one), cpu, cuda, cuda:1, …")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "of sampling and training; auto: bfloat16 on a GPU that has it; masters are always float32")
+
+    # prompts
+    template: str = setting(R1_TEMPLATE, "prompt of a base model, with {question} in it", "Table 1, this one")
+    chat_template: bool = setting(False, "use the tokenizer's chat template instead: for instruct models")
+    max_prompt_tokens: int = setting(512, "longest prompt, tokens")
+    skip_bad_answers: bool = setting(False, "leave out problems whose answer does not verify against itself")
+
+    # sampling from π_old
+    prompts_per_step: int = setting(32, "questions in one step", "32")
+    group_size: int = setting(8, "G, completions of each question", "16")
+    max_completion_tokens: int = setting(768, "longest completion, tokens", "32,768, then 65,536")
+    temperature: float = setting(1.0, "T of sampling and of every log-probability", "1")
+    max_rows: int | None = setting(None, "completions sampled at once; default: as many as memory holds")
+    compile: bool = setting(False, "torch.compile the decoding step: a slow start, then faster on a GPU")
+
+    # rewards
+    accuracy_weight: float = setting(1.0, "weight of the accuracy reward", "1")
+    format_weight: float = setting(1.0, "weight of the format reward", "1")
+    language_weight: float = setting(0.0, "weight of the language-consistency reward", "R1-Zero 0, R1 1")
+    language: Literal["en", "zh"] = setting("en", "the language it asks for")
+
+    # GRPO
+    steps: int = setting(200, "sampling rounds", "650, with 16 updates each")
+    updates_per_rollout: int = setting(2, "optimizer steps on one round's completions", "16")
+    learning_rate: float = setting(1e-6, "of AdamW", "3e-6")
+    warmup_steps: int = setting(5, "steps in which the learning rate rises")
+    clip_eps: float = setting(0.2, "ε, how far the ratio moves before its gradient is cut", "10 for R1")
+    clip_eps_high: float | None = setting(None, "ε above 1, if it differs (DAPO: 0.28)")
+    kl_coef: float = setting(0.001, "β, weight of the KL to the reference model; 0 loads none", "0.001")
+    ref_every: int = setting(0, "steps after which the reference becomes the policy; 0: never", "25 = 400 updates")
+    loss_average: Literal["sequence", "token", "constant"] = setting(
+        "sequence", "mean over each completion, then over completions (GRPO); over all tokens (DAPO); over "
+        "max_completion_tokens (Dr. GRPO)", "sequence")
+    scale_advantages: bool = setting(True, "divide by the group's standard deviation (Dr. GRPO: no)", "yes")
+    mask_truncated: bool = setting(False, "take truncated completions out of the loss (DAPO)")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
+    adam_beta2: float = setting(0.95, "Adam's second beta; the first is 0.9, weight decay 0")
+
+    # memory and speed
+    micro_batch_tokens: int = setting(16_384, "tokens, padding included, in one forward and backward pass")
+    logits_chunk_tokens: int = setting(2_048, "tokens whose logits exist at the same time")
+    gradient_checkpointing: bool = setting(True, "recompute activations in the backward pass, not keep them")
+
+    # evaluation
+    eval_every: int = setting(25, "steps between evaluations in training; 0: only before and after")
+    eval_problems: int = setting(128, "problems evaluated")
+    eval_samples: int = setting(8, "k, completions of each", "4 to 64")
+    eval_temperature: float = setting(0.6, "T of evaluation; 0 is greedy", "0.6")
+    eval_top_p: float = setting(0.95, "top-p of evaluation", "0.95")
+
+    # screen
+    log_every: int = setting(1, "steps between lines")
+    sample_every: int = setting(20, "steps between completions shown in full; 0: none")
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value, choices = getattr(self, f.name), get_args(f.type)
+            if choices and isinstance(choices[0], str) and value not in choices:
+                raise InputError(f"{f.name} is {value!r}; it must be one of {', '.join(choices)}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"{f.name} is {value!r}; it must be a finite number")
+        for rule, allowed, names in (
+            ("at least 0", lambda v: v >= 0, "seed accuracy_weight format_weight language_weight warmup_steps "
+             "kl_coef ref_every eval_every eval_temperature sample_every"),
+            ("at least 1", lambda v: v >= 1, "max_prompt_tokens prompts_per_step max_completion_tokens max_rows "
+             "steps updates_per_rollout micro_batch_tokens logits_chunk_tokens eval_problems eval_samples "
+             "log_every save_every"),
+            ("at least 2: an advantage compares completions of one prompt", lambda v: v >= 2, "group_size"),
+            ("above 0", lambda v: v > 0, "temperature learning_rate clip_eps clip_eps_high max_grad_norm"),
+            ("above 0 and at most 1", lambda v: 0 < v <= 1, "eval_top_p"),
+            ("at least 0 and below 1", lambda v: 0 <= v < 1, "adam_beta2"),
+            ("a text with {question} where the question goes", lambda v: "{question}" in v, "template"),
+        ):
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not allowed(value):
+                    raise InputError(f"{name} is {value!r}; it must be {rule}")
+        rows = self.prompts_per_step * self.group_size
+        if rows % self.updates_per_rollout:
+            raise InputError(f"updates_per_rollout is {self.updates_per_rollout}; it must divide the {rows} "
+                             f"completions of a step (prompts_per_step x group_size)")
+        if self.max_rows is not None and self.max_rows < (group := max(self.group_size, self.eval_samples)):
+            raise InputError(f"max_rows is {self.max_rows}; it must be at least {group}, to hold one group")
+
+
+# What the embedded model needs instead; measured on two CPU cores.
+TINY = dict(
+    template="User: {question} Assistant:", prompts_per_step=16, group_size=16, max_completion_tokens=144, steps=60,
+    learning_rate=1e-3, kl_coef=0.0, gradient_checkpointing=False, eval_every=20,
+)
+
+
+def is_tiny(model: str) -> bool:
+    """Whether a name or folder is the embedded model's, or that of one trained from it."""
+    config = Path(model, "config.json")
+    return model == "tiny" or (config.is_file() and "embedded_world" in config.read_text(encoding="utf-8"))
+
+
+def make_config(model: str = "tiny", **overrides) -> Config:
+    """The preset that suits the model, with overrides."""
+    return Config(**{**(TINY if is_tiny(model) else {}), "model": model, **overrides})
+
+
+def parse_args(argv: list[str]) -> Config:
+    """The command line -> Config. First what decides all other defaults: the model, or the run to resume."""
+    parser = HfArgumentParser(Config, prog="grpo.py", allow_abbrev=False, description=__doc__.split("\n\n")[1])
+
+    def refuse(message):
+        raise InputError(f"{message}; python grpo.py --help explains every setting")
+
+    parser.error = refuse
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.error = refuse
+    for name in ("stage", "model", "output_dir"):
+        first.add_argument(f"--{name}", default=getattr(Config, name))
+    first.add_argument("--resume", nargs="?", const=True)
+    known, _ = first.parse_known_args(argv)
+    saved = read_json(run_folder(known) / "config.json", {}) if known.resume else {}
+    parser.set_defaults(**(saved or (TINY if is_tiny(known.model) else {})))
+    cfg, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
+    return refuse(f"{unknown[0]} is not a setting") if unknown else cfg
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Problems and prompts
+# ------------------------------------------------------------------------------------------------------------
+
+GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/{split}.jsonl"
+MATH500 = "https://huggingface.co/datasets/HuggingFaceH4/MATH-500/resolve/main/test.jsonl"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One task: `question` is shown to the model, the rest only to the rewards."""
+
+    question: str
+    answer: str = ""  # the reference
+    task: str = "math"  # which rule judges: math, countdown, code
+    numbers: tuple[int, ...] = ()  # countdown: what the expression is made of; the answer is its target
+    tests: tuple = ()  # code: assert statements, or {"input", "output"} pairs
+
+
+def text_hash(text: str) -> int:
+    """The same number for the same text on every machine; what is held out is decided by it."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)
+
+
+def countdown_problems(count: int, seed: int = 0, evaluation: bool = False) -> list[Problem]:
+    """Countdown: three or four numbers up to 99 to be joined by + - * / into a target up to 100, each used once."""
+    rng, problems = random.Random(seed), {}
+    while len(problems) < count:
+        numbers = tuple(rng.randint(1, 99) for _ in range(rng.choice((3, 4))))
+        order = rng.sample(numbers, len(numbers))
+        value = Fraction(order[0])
+        for number in order[1:]:
+            value = rng.choice((value + number, value - number, value * number, value / number))
+        key = f"{sorted(numbers)} {value}"
+        if value.denominator == 1 and 1 <= value <= 100 and (text_hash(key) % 10 == 0) == evaluation:
+            problems[key] = Problem(
+                f"Using each of the numbers {', '.join(map(str, numbers))} exactly once, with + - * / and brackets, "
+                f"write an expression that equals {value}", str(value), "countdown", numbers)
+    return list(problems.values())
+
+
+def read_problems(path: str) -> list[Problem]:
+    """JSON lines {"question", "answer"}, for code {"question", "tests"}, for Countdown {.., "numbers"} -> Problems.
+
+    "problem" may stand for "question"; of an answer with #### in it, what follows is the reference (GSM8K).
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text; it must hold JSON lines") from None
+    problems = []
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would split inside strings too
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            question, numbers, tests = row.get("question", row.get("problem")), row.get("numbers"), row.get("tests")
+            answer = row.get("answer", "" if tests else None)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path} line {number}: not JSON ({error.msg}); each line must be one object") from None
+        except AttributeError:
+            raise InputError(f"{path} line {number}: must be an object with question and answer") from None
+        reference = str(answer).rsplit("####", 1)[-1].strip()
+        for field_, fine, wanted in (
+            ("question", isinstance(question, str) and question.strip(), "text, and not empty"),
+            ("answer", type(answer) in (str, int, float) and (reference or tests),
+             "text or a number, and not empty; code has tests instead"),
+            ("tests", tests is None or type(tests) is list and all(
+                isinstance(test, str) or isinstance(test, dict) and {"input", "output"} <= {*test} for test in tests),
+             'a list of assert lines or of {"input", "output"}'),
+            ("numbers", numbers is None or type(numbers) is list and all(type(n) is int for n in numbers),
+             "a list of whole numbers")):
+            if not fine:
+                raise InputError(f"{path} line {number}: field {field_} must be {wanted}")
+        task = "code" if tests else "countdown" if numbers else "math"
+        problems.append(Problem(question, reference, task, tuple(numbers or ()), tuple(tests or ())))
+    if not problems:
+        raise InputError(f"{path} holds no problem; each line must be an object with question and answer")
+    return problems
+
+
+def fetch(url: str) -> str:
+    """Download once into torch.hub's cache; -> the local path."""
+    path = Path(torch.hub.get_dir(), "grpo", url.split("//")[1].replace("/", "_"))
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), progress=False)  # to a temporary file, then renamed
+        except OSError as error:
+            raise InputError(f"{url} cannot be fetched ({error}); with no network pass the file itself: "
+                             f"--data PATH.jsonl [--eval_data PATH.jsonl]") from None
+    return str(path)
+
+
+def load_problems(source: str, evaluation: bool = False, seed: int = 0, whole: bool = False) -> list[Problem]:
+    """The training problems of a data source or, with `evaluation`, its held-out ones; the two never overlap.
+
+    Of a file a tenth is held out, by hash of the question; `whole` takes all of it.
+    """
+    if source == "calculator":
+        return calculator_problems(evaluation)
+    if source == "countdown":
+        return countdown_problems(512 if evaluation else 8192, seed, evaluation)
+    if source == "gsm8k":
+        return read_problems(fetch(GSM8K.format(split="test" if evaluation else "train")))
+    path = fetch(MATH500) if source == "math500" else source
+    if not Path(path).is_file():
+        raise InputError(f"data {source!r} is neither countdown, calculator, gsm8k, math500 nor a file")
+    problems = read_problems(path)
+    if whole:
+        return problems
+    ranks = sorted({text_hash(p.question) for p in problems})
+    if len(ranks) < 2:
+        raise InputError(f"{path} holds one question, too few to hold one out; give --eval_data")
+    limit = ranks[max(1, len(ranks) // 10)]
+    return [p for p in problems if (text_hash(p.question) < limit) == evaluation]
+
+
+def render_prompt(tokenizer, question: str, cfg: Config) -> str:
+    """The text before the completion: the template, or the tokenizer's own chat template if asked for."""
+    if cfg.chat_template:
+        return tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
+                                             add_generation_prompt=True)
+    return cfg.template.replace("{question}", question)
+
+
+def encode_prompt(tokenizer, prompt: str) -> list[int]:
+    """Token ids, with the beginning-of-sequence token once, if the tokenizer has one."""
+    begins = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)  # a chat template wrote it
+    return tokenizer(prompt, add_special_tokens=not begins)["input_ids"]
+
+
+def stop_token_ids(model, tokenizer) -> set[int]:
+    """Every id that ends a completion: the checkpoint's, the tokenizer's and its chat template's."""
+    listed = getattr(model.generation_config, "eos_token_id", None)
+    stops = {tokenizer.eos_token_id, *(listed if isinstance(listed, (list, tuple)) else [listed])}
+    if tokenizer.chat_template:
+        turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
+        tail = tokenizer.apply_chat_template(turn, tokenize=False).rpartition("x")[2]
+        stops |= {i for i in tokenizer(tail, add_special_tokens=False)["input_ids"][:1] if i in tokenizer.all_special_ids}
+    return stops - {None}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The embedded base model
+# ------------------------------------------------------------------------------------------------------------
+# A base model has read how people reason, and rarely does it when it is asked. Here the reading is generated: the
+# books check their tries to the end, the Assistant of the conversations mostly blurts out the first thing.
+
+CHINESE = dict(zip("try wait but so yes low high".split(), "试 等 但 故 对 小 大".split()))
+GENERAL_WORDS = ("hello hi thanks please who what are is you I am a help can good day welcome sorry no bad !"
+                 " 你 好 谢 请 谁 是 我 帮 不").split()  # not in the corpus: room for prompts that are no maths
+VOCABULARY = ["<pad>", "<end>", "<unk>", "User:", "Assistant:", "make", "<think>", "</think>", "<answer>",
+              "</answer>", *"?+-*=", *map(str, range(-9, 100)), *CHINESE, *CHINESE.values(), *GENERAL_WORDS]
+TOKEN_ID = {token: i for i, token in enumerate(VOCABULARY)}
+
+
+def calculator_tries(numbers) -> list[tuple]:
+    """All nine (x, op, y, "=", subtotal, op, z, "=", result) to key in, in the order of a systematic person."""
+    x, y, z = numbers
+    return [(x, op, y, "=", subtotal, op2, z, "=", subtotal + z if op2 == "+" else subtotal - z)
+            for x, y, z in ((x, y, z), (y, z, x), (z, x, y))
+            for op, subtotal, op2 in (("*", x * y, "+"), ("*", x * y, "-"), ("+", x + y, "-"))]
+
+
+def calculator_problems(evaluation: bool = False) -> list[Problem]:
+    """Countdown for a pocket calculator: `4 7 9 make 29` wants 9*4-7; numbers 1 to 9, targets 1 to 50.
+
+    Held out by hash of the sorted numbers and the target: no other order of the numbers gives a problem away.
+    """
+    problems = [Problem(f"{' '.join(map(str, numbers))} make {target}", str(target), "countdown", numbers)
+                for numbers in itertools.permutations(range(1, 10), 3)
+                for target in sorted({t[-1] for t in calculator_tries(numbers)} & {*range(1, 51)})
+                if (text_hash(f"{sorted(numbers)} {target}") % 8 == 0) == evaluation]
+    return random.Random(0).sample(problems, len(problems))
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Whoever wrote a text of the corpus: habits, as probabilities."""
+
+    checks: float  # compares what comes out with the target; otherwise answers at once
+    gives_up: float  # after a try that failed, and answers all the same
+    orderly: float = 0.5  # goes through the tries in order; otherwise takes any, the same one again too
+    intuition: float = 0.4  # begins with a try that comes within 10 of the target
+    slips: float = 0.01  # miscalculates, each time
+    damages: float = 0.1  # loses one of the four tags
+    chinese: float = 0.5
+    mixes: float = 0.1  # takes a word from the other language, each time
+
+
+BOOK, LAZY, PATIENT = Writer(1, 0.1), Writer(0.4, 0.5), Writer(1, 0)
+CAREFUL = Writer(1, 0, orderly=1, slips=0, damages=0, chinese=0, mixes=0)  # writes the cold start's traces
+
+
+def verdict(result: int, target: int) -> str:
+    return "yes" if result == target else "low" if result < target else "high"
+
+
+def write_thoughts(rng, problem: Problem, writer: Writer) -> tuple[list, list]:
+    """-> the tokens of the thoughts, and of the expression they arrive at."""
+    chinese, checks, orderly = (rng.random() < p for p in (writer.chinese, writer.checks, writer.orderly))
+    say = lambda word: CHINESE[word] if chinese != (rng.random() < writer.mixes) else word  # noqa: E731
+    tries, target, thoughts = calculator_tries(problem.numbers), int(problem.answer), []
+    near = [i for i, t in enumerate(tries) if abs(t[-1] - target) <= 10]
+    i = rng.choice(near) if rng.random() < writer.intuition else rng.randrange(9)
+    for count in range(10):
+        *keys, result = tries[i]
+        result += rng.choice((-2, -1, 1, 2)) if rng.random() < writer.slips and result > 0 else 0
+        thoughts += [say(rng.choice(("wait", "but")) if count else "try"), *keys, result]
+        if checks:  # the target is restated beside the result: without it so small a model never learns to compare
+            thoughts += ["?", target, say(verdict(result, target))]
+        solved = checks and result == target
+        if solved or not checks or rng.random() < writer.gives_up:
+            break
+        i = (i + 1) % 9 if orderly else rng.randrange(9)
+    x, op, y, _, _, op2, z, _ = keys
+    return thoughts + [say("so")] * (not solved), [x, op, y, op2, z]
+
+
+def write_completion(rng, problem: Problem, writer: Writer) -> list:
+    """What such a writer would answer as the Assistant: tokens. With CAREFUL, a trace for the cold start."""
+    thoughts, expression = write_thoughts(rng, problem, writer)
+    parts = [["<think>"], thoughts, ["</think>"], ["<answer>"], expression, ["</answer>"]]
+    if rng.random() < writer.damages:
+        parts.pop(rng.choice((0, 2, 3, 5)))
+    return sum(parts, []) + ["<end>"]
+
+
+def write_document(rng, problem: Problem) -> tuple[list, list]:
+    """A text of the corpus: the head, which is given, and the body, which is learned; both lists of tokens."""
+    kind = rng.random()
+    if kind < 0.25:  # a page of comparisons
+        pairs = [(target + rng.choice((0, rng.randint(-5, 5), rng.randint(-50, 49))), target)
+                 for target in (rng.randint(1, 50) for _ in range(8))]
+        say = rng.choice((str, CHINESE.get))
+        return [], [t for a, b in pairs if -9 <= a for t in (a, "?", b, say(verdict(a, b)))] + ["<end>"]
+    if kind < 0.55:  # a book
+        return problem.question.split(), write_thoughts(rng, problem, BOOK)[0] + ["<end>"]
+    head = TINY["template"].replace("{question}", problem.question).split()
+    return head, write_completion(rng, problem, PATIENT if kind > 0.97 else LAZY)
+
+
+def pad_documents(documents) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> ids, and labels that are -100 on heads and padding; both (documents, length)."""
+    rows = [torch.tensor([TOKEN_ID[str(token)] for token in head + body]) for head, body in documents]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=TOKEN_ID["<pad>"])
+    labels = ids.masked_fill(ids == TOKEN_ID["<pad>"], -100)
+    for label, (head, _) in zip(labels, documents):
+        label[: len(head)] = -100
+    return ids, labels
+
+
+def corpus_batches(rng, problems: list[Problem], batch_tokens: int = 1024):
+    """Endless batches of about batch_tokens: always new documents, those of like length together."""
+    while True:
+        documents = sorted((write_document(rng, rng.choice(problems)) for _ in range(2000)),
+                           key=lambda document: len(document[0] + document[1]))
+        batches = []
+        while documents:
+            size = batch_tokens // len(documents[-1][0] + documents[-1][1])
+            batches.append(pad_documents(documents[-size:]))
+            del documents[-size:]
+        yield from rng.sample(batches, len(batches))
+
+
+def build_tokenizer(folder) -> PreTrainedTokenizerFast:
+    """One token per number, operator, tag and word; `9*4=36` and `9 * 4 = 36` are the same tokens."""
+    special = [dict(id=i, content=VOCABULARY[i], special=True, single_word=False, lstrip=False, rstrip=False,
+                    normalized=False) for i in range(3)]
+    tight = [{"type": "Replace", "pattern": {"String": f" {op} "}, "content": op} for op in "+-*="]
+    words = r"</?\w+>|(?<!\d)-\d+|\w+:?|\S"  # after a number a minus is an operator, elsewhere it is a sign
+    path = Path(folder, "tokenizer.json")
+    path.write_text(json.dumps({
+        "version": "1.0", "added_tokens": special, "normalizer": None, "post_processor": None,
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": words}, "behavior": "Removed", "invert": True},
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "WordPiece", "prefix": "##", "cleanup": False}, {"type": "Fuse"}, *tight]},
+        "model": {"type": "WordLevel", "vocab": TOKEN_ID, "unk_token": "<unk>"}}), encoding="utf-8")
+    return PreTrainedTokenizerFast(tokenizer_file=str(path), pad_token="<pad>", eos_token="<end>",
+                                   unk_token="<unk>", padding_side="left")
+
+
+def new_tiny_model():
+    # Not Qwen2, for which transformers 5 replaces any tokenizer by Qwen's own.
+    model = AutoModelForCausalLM.from_config(Qwen3Config(
+        vocab_size=len(VOCABULARY), hidden_size=64, intermediate_size=384, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, head_dim=16, attention_bias=True, tie_word_embeddings=True,
+        max_position_embeddings=512, bos_token_id=None, eos_token_id=TOKEN_ID["<end>"],
+        pad_token_id=TOKEN_ID["<pad>"], embedded_world=1))
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2:  # transformers' 0.02 everywhere is far too small for so narrow a model
+            torch.nn.init.normal_(weight, std=0.05 if "embed" in name else 0.6 / math.sqrt(weight.shape[1]))
+    return model
+
+
+def pretrain(model, problems: list[Problem], seed: int, steps: int, peak: float = 1.0):
+    """Next-token prediction on the bodies of ever new documents; the learning rate falls linearly."""
+    matrices = [w for name, w in model.named_parameters() if w.dim() == 2 and "embed" not in name]
+    others = [w for name, w in model.named_parameters() if w.dim() != 2 or "embed" in name]
+    optimizers = [torch.optim.Muon(matrices, lr=0.012, weight_decay=0),
+                  torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.98), weight_decay=0)]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(
+        o, lambda step: peak * min((step + 1) / 30, max(0.03, 1 - step / steps))) for o in optimizers]
+    batches = corpus_batches(random.Random(seed), problems)
+    model.train()
+    for _ in (bar := tqdm(range(steps), desc="pre-training the embedded base model", unit="batch")):
+        ids, labels = next(batches)
+        loss = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for part in (*optimizers, *schedules):
+            part.step()
+        model.zero_grad()
+        if bar.n % 100 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    model.eval()
+
+
+@torch.no_grad()
+def base_skills(model, problems: list[Problem]) -> dict[str, float]:
+    """The skills that reasoning stands on, on careful traces: right sums, copied targets, P(yes) after a result
+    that is right and after one that is wrong."""
+    rng = random.Random(0)
+    ids, _ = pad_documents([(TINY["template"].replace("{question}", p.question).split(), write_completion(rng, p, CAREFUL))
+                            for p in problems[:400]])
+    probs, before, after = model(ids).logits[:, :-1].softmax(-1), ids[:, :-1], ids[:, 1:]
+    correct, yes = (probs.argmax(-1) == after).float(), probs[..., [TOKEN_ID["yes"], TOKEN_ID["对"]]].sum(-1)
+    judged, solved = before.roll(1, dims=1) == TOKEN_ID["?"], after == TOKEN_ID["yes"]
+    return dict(sums=correct[before == TOKEN_ID["="]].mean().item(),
+                copies=correct[before == TOKEN_ID["?"]].mean().item(),
+                yes_if_right=yes[judged & solved].mean().item(), yes_if_wrong=yes[judged & ~solved].mean().item())
+
+
+def build_base_model(folder, seed: int = 0, steps: int = 2000) -> Path:
+    """Train the embedded base model, unless the folder holds it already -> the folder, an ordinary checkpoint.
+
+    Reinforcement only elicits what the base can do at all: one whose skills miss the gate is trained longer.
+    """
+    folder = Path(folder)
+    if (folder / "config.json").exists():
+        return folder
+    torch.manual_seed(seed)
+    problems, model = calculator_problems(), new_tiny_model()
+    pretrain(model, problems, seed, steps)
+    for extra in range(1, 5):
+        skills = base_skills(model, problems)
+        if (min(skills["sums"], skills["copies"]) > 0.99 and skills["yes_if_right"] > 0.97
+                and skills["yes_if_wrong"] < 0.005):
+            break
+        print("The base model misses its gate and is trained longer:", {k: round(v, 4) for k, v in skills.items()})
+        pretrain(model, problems, seed + 1000 * extra, steps // 4, peak=0.4)
+    unfinished = folder.with_name(folder.name + ".part")  # a run broken off leaves no half a checkpoint
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    model.save_pretrained(unfinished)
+    build_tokenizer(unfinished).save_pretrained(unfinished)
+    return unfinished.rename(folder)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Rewards [R1 2.2.2]
+#
+# The rewards are the only teacher, and the optimiser searches them for holes. So: one final answer in one
+# place; model text is never evaluated, only read by the closed grammar below; everything that can grow is
+# capped before it is built; and whatever cannot be read is counted by name instead of passing for "wrong".
+# ------------------------------------------------------------------------------------------------------------
+
+def last_boxes(text: str) -> list[str]:
+    """Contents of the outermost balanced \\boxed{...} of `text`, in order, in one pass."""
+    stack, boxes = [], []
+    for match in re.finditer(r"\\boxed\s*\{|\\fbox\s*\{|\\[{}\\]|[{}]", text):
+        token = match.group()
+        if token == "}" and stack:
+            start = stack.pop()
+            if start is not None and not any(stack):
+                boxes.append(text[start:match.start()].strip())
+        elif token[-1] == "{" and token != r"\{":
+            stack.append(match.end() if len(token) > 1 else None)
+    return boxes
+
+
+def extract_answer(completion: str, lenient: bool = False) -> str | None:
+    """The final answer in the text, or None; linear in its length.
+
+    Strict, for rewards: after the last </think>, the content of the only <answer>...</answer>, or without
+    such tags a \\boxed{}. Inside the tags a box wins over the words around it. Several different boxes
+    become the list "a, b", which equals no single value, so hedging does not pay.
+    Lenient, to tell a wrong answer from a wrong format: the last tag, box or arithmetic expression anywhere.
+    """
+    _, closed, final = completion.rpartition("</think>")
+    if not closed and "<think>" in completion and not lenient:
+        return None                                             # still thinking when the tokens ran out
+    opened, start = final.count("<answer>"), final.rfind("<answer>")
+    end = final.find("</answer>", start)
+    if opened and end > start and (lenient or opened == final.count("</answer>") == 1):
+        content = final[start + len("<answer>"):end]
+        return ", ".join(dict.fromkeys(last_boxes(content))) or content.strip() or None
+    if not lenient:
+        return None if opened or "</answer>" in final else ", ".join(dict.fromkeys(last_boxes(final))) or None
+    boxes = last_boxes(completion)
+    numbers = re.findall(r"[-(]*\d(?:[\d\s.+\-*/×÷()]|,(?=\d))*", completion)
+    return boxes[-1] if boxes else numbers[-1].rstrip(" .\n+-*/×÷(") if numbers else None
+
+
+
+MP = sympy.core.evalf.mp.clone()                   # sympy's numerical half, with a precision nobody else can change
+MP.prec = 1000
+TOLERANCE, MAX_BITS = MP.mpf(10) ** -200, 8192
+
+
+def raise_power(base, exponent):
+    """base ** exponent if it stays below MAX_BITS; odd roots of negative numbers are real."""
+    rational = isinstance(exponent, Fraction)
+    if abs(exponent) * max(1, abs(bits(base))) > MAX_BITS:
+        raise ValueError("power too large")
+    if rational and exponent.denominator == 1:
+        return base ** int(exponent)
+    if not base and rational and exponent > 0:
+        return base
+    base = MP.convert(base)
+    if rational and exponent.denominator % 2 and not MP.im(base) and MP.re(base) < 0:
+        return (-1) ** exponent.numerator * (-MP.re(base)) ** MP.convert(exponent)
+    return base ** MP.convert(exponent)
+
+
+def whole(function, top: int):
+    """`function` for whole numbers up to `top` only."""
+    def capped(*args):
+        if not all(isinstance(x, Fraction) and x.denominator == 1 and 0 <= x <= top for x in args):
+            raise ValueError("not a small whole number")
+        return Fraction(function(*map(int, args)))
+    return capped
+
+
+def real_floor(x, sign: int = 1):
+    if MP.im(x):
+        raise ValueError("floor of a complex number")
+    return Fraction(sign * int(MP.floor(sign * MP.re(x) + TOLERANCE)))
+
+
+OPERATIONS = {
+    sympy.Add: lambda *terms: sum(terms), sympy.Mul: lambda *factors: math.prod(factors),
+    sympy.Pow: raise_power, sympy.Abs: abs,
+    sympy.floor: real_floor, sympy.ceiling: lambda x: real_floor(x, -1),
+    sympy.factorial: whole(math.factorial, 60), sympy.binomial: whole(math.comb, 60)}
+ARITHMETIC = set(OPERATIONS)
+OPERATIONS |= {getattr(sympy, name): getattr(MP, name)
+               for name in "sin cos tan asin acos atan sinh cosh tanh exp log".split()}
+OPERATIONS |= {sympy.cot: lambda x: 1 / MP.tan(x), sympy.sec: lambda x: 1 / MP.cos(x),
+               sympy.csc: lambda x: 1 / MP.sin(x)}
+FUNCTIONS = {"\\" + head.__name__: head for head in OPERATIONS.keys() - ARITHMETIC} | {
+    r"\ln": sympy.log, r"\abs": sympy.Abs}
+CONSTANTS = {r"\pi": sympy.pi, "e": sympy.E, "i": sympy.I, r"\infty": sympy.oo}
+NUMERIC_CONSTANTS = {sympy.pi: +MP.pi, sympy.E: +MP.e, sympy.I: MP.mpc(0, 1)}
+SYMBOLS = {"\\" + name for name in (
+    "alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi chi psi "
+    "omega Gamma Delta Theta Lambda Sigma Phi Psi Omega emptyset ell dots").split()}
+# Many spellings, one token; "drop" is none.
+ALIASES = {alias: token for token, aliases in {
+    "drop": r"\left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \displaystyle \textstyle \boxed ~ "
+            r"\fbox \mathbf \boldsymbol \mathit \mathcal \vec \hat \rm \bf \allowbreak \quad \qquad \angle "
+            r"\triangle \( \) \[ \] \, \; \: \!",
+    "*": r"\cdot \times \ast", "^": "**", "/": r"\div", "<": r"\lt", ">": r"\gt", "≠": r"\ne \neq !=",
+    "≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=", "∪": r"\cup", "∈": r"\in", ":": r"\colon",
+    "|": r"\lvert \rvert \vert \mid", "°": r"\circ \degree", "%": r"\%", "$": r"\$", "(": r"\langle",
+    ")": r"\rangle", r"\{": r"\lbrace", r"\}": r"\rbrace", r"\frac": r"\dfrac \tfrac \cfrac",
+    r"\binom": r"\dbinom \tbinom", r"\phi": r"\varphi", r"\epsilon": r"\varepsilon",
+    r"\dots": r"\ldots \cdots ...", r"\emptyset": r"\varnothing", r"\infty": r"\infinity \inf \oo",
+    r"\asin": r"\arcsin", r"\acos": r"\arccos", r"\atan": r"\arctan",
+}.items() for alias in aliases.split()} | {"\\ ": "drop"}
+NAMES = (FUNCTIONS.keys() | SYMBOLS | set(r"\pi \sqrt \infinity \infty \inf \oo".split())) - {r"\sec"}
+UNITS = dict(pair.split(":") for pair in (
+    "m:meter cm:centimeter mm:millimeter km:kilometer in:inch inches:inch ft:foot feet:foot yd:yard "
+    "mi:mile g:gram kg:kilogram mg:milligram lb:pound lbs:pound oz:ounce s:second sec:second "
+    "min:minute h:hour hr:hour hrs:hour day:day L:liter ml:milliliter am:am pm:pm sq:square ^2:square "
+    "^3:cubic st:th nd:th rd:th th:th cup:cup egg:egg men:man %:percent °:degree $:dollar per:per "
+    "of:of").split())
+SCALES = {"hundred": 10 ** 2, "thousand": 10 ** 3, "million": 10 ** 6, "billion": 10 ** 9, "dozen": 12}
+# A word behind a value is its unit, but for these, which change what it says.
+NOT_UNITS = set((
+    "not minus negative plus times over squared cubed factorial half halve third quarter fourth fifth "
+    "sixth eighth tenth less more least most about wrong false either maybe divided equal point").split())
+UNICODE = str.maketrans({
+    "−": "-", "–": "-", "×": "*", "·": "*", "⋅": "*", "÷": "/", "π": r"\pi ", "∞": r"\infty ",
+    "²": "^2", "³": "^3", "±": r"\pm ", "½": r"\frac12 ", "θ": r"\theta ", "∅": r"\emptyset ",
+    "\xa0": " ", "\n": " ", "\t": " ", "\r": " "})
+# What one token cannot show. 1,234 is one number, but (1,234) is a pair; 0.1\overline{6} is a fraction.
+REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
+    (r"^\s*(?i:(?:the )?(?:final )?answer(?: is|:)|an? (?=[a-z]{3}))|[\s.,;]+$", ""),
+    (r"(?<!\\)sqrt\s*(\d+)|√\s*(\d+)", r"\\sqrt{\1\2}"),
+    (r"(?<![\w\\])([A-Za-z])(?:\^\{-1\})?\([^()=<>]*\)\s*=", r"\1="),   # f(2) = 5 names a value
+    (r"\b([ap])\.\s?m\b\.?", r"\1m"), (r"\bmph\b", "miles per hour"),
+    (r"\b(in|ft|sq|sec|min|hr|oz|lbs?)\.", r"\1"),
+    (r"\((\d+)\)_", r"\1_"), (r"_\{\s*\\text\s*\{(\d+)\}\s*\}", r"_{\1}"), (r"\^\s*\{?\s*\\circ\s*\}?", "°"),
+    (r"°\s*(?:C\b|F\b|\\text\s*\{\s*[CF]\s*\})", "°"),
+    (r"\\(?:text|mathrm|operatorname|mbox|textbf|textit|textrm|textnormal)\s*\{([^{}]*)\}", r' "\1" '),
+    (r"\\mathbb\s*\{?R\}?|ℝ", r"(-\\infty,\\infty)"),
+    (r"\\(begin|end)\s*\{([pbBvV]?)(?:small)?(?:matrix|array)\}(?:\{[clr|]*\})?", r"\\\1\2matrix "),
+    (r"(?<![\d,.(\[])(?<!\\\{)\d{1,3}(?:(?:\{,\}|,?\\[,!]\s?|,)\d{3})+(?!\d|,\d)",
+     lambda m: re.sub(r"\D", "", m[0])),
+    (r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{(\d+)\}", lambda m: "({}/{})".format(
+        int(m[1] + m[2] + m[3]) - int("0" + m[1] + m[2]), (10 ** len(m[3]) - 1) * 10 ** len(m[2]))))]
+TOKEN = re.compile(r"""\d[\dA-F]*_(?:\{\d+\}|\d)|(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,2}(?!\d))?"""
+                   r"""|"[^"]*"|\\[A-Za-z]+|\\.|[A-Za-z]+|\*\*|<=|>=|!=|\.\.\.|\S""")
+
+
+@functools.lru_cache(maxsize=2 ** 14)                   # a reference is read once for its whole group
+def tokenize(text: str) -> tuple[str, ...]:
+    """Numbers, operators, \\commands, single letters, and words marked by a leading quote."""
+    text = text.translate(UNICODE)
+    if len(text) > 400 or not text.isprintable() or re.search(r"\d{61}", text):
+        raise ValueError("too long, or holds control characters")
+    if (text.count("$") - text.count(r"\$")) % 2 == 0:            # $...$ is mathematics, a single $ is money
+        text = re.sub(r"(?<!\\)\$", "", text)
+    for pattern, replacement in REWRITES:
+        text = pattern.sub(replacement, text)
+    tokens = []
+    for token in TOKEN.findall(text):
+        quoted = token[0] == '"' and len(token) > 1
+        for part in TOKEN.findall(token[1:-1]) if quoted else [token]:
+            part = "\\" + part if "\\" + part in NAMES else part
+            if quoted and part in ("a", "an", "the"):
+                continue
+            if not (part.isascii() and part.isalpha()):
+                tokens.append(ALIASES.get(part, part))
+            elif part.lower() in ("and", "or"):
+                tokens.append(",")
+            elif len(part) > 3 or (part in UNITS or quoted) and (part in UNITS and quoted or len(part) > 1):
+                tokens.append('"' + part.lower())
+            else:                                       # xy = yx, but AB is one name: ABC is not ACB
+                tokens += part if part.islower() else [part]
+    return tuple(token for token in tokens if token != "drop")
+
+
+def node(head, *args):
+    """An unevaluated sympy expression: simplifying a hostile one can take sympy for ever."""
+    if not all(isinstance(arg, (sympy.Expr, int)) for arg in args):
+        raise ValueError("structures cannot be calculated with")
+    return head(*map(sympy.sympify, args), evaluate=False)
+
+
+def multiply(left, right):
+    """left * right, where one of them may be a matrix; the negative of a number is a number."""
+    for factor, matrix in ((left, right), (right, left)):
+        if isinstance(matrix, tuple) and matrix[0].startswith("matrix"):
+            return matrix[:1] + tuple(multiply(factor, entry) for entry in matrix[1:])
+    return -right if left == -1 and getattr(right, "is_Number", False) else node(sympy.Mul, left, right)
+
+
+class AnswerParser:
+    """Recursive descent from tokens to a value. The grammar is closed: the text is read, never evaluated.
+
+    A value is a sympy expression or a structure, a tuple of its kind and its parts: ("()", a, b) and the
+    other pairs of brackets are ordered tuples or intervals, ("{}", ...) is a set,
+    (",", ...) an unordered list,
+    ("=", name, value) a named value or an equation, ("<", a) says a < 0, ("matrix2", ...) has two rows,
+    ("unit", unit, value), ("text", words), ("base", digits, base). ValueError: not in the grammar.
+    """
+
+    def __init__(self, tokens: tuple[str, ...]):
+        self.tokens, self.position, self.depth = list(tokens) + [""], 0, 0
+        self.sign, self.plus_minus = 1, False                # what \pm means in this pass, whether it was met
+        self.in_bars = self.in_function = False
+
+    @property
+    def next(self) -> str:
+        return self.tokens[self.position]
+
+    def take(self) -> str:
+        self.position += 1
+        return self.tokens[self.position - 1]
+
+    def accept(self, *tokens: str) -> str:
+        return self.take() if self.next in tokens else ""
+
+    def require(self, condition, reason: str = "not in the grammar"):
+        if not condition:
+            raise ValueError(f"{reason} at token {self.position}")
+
+    def parse(self):
+        items = self.items(expand=True)
+        self.require(not self.next)
+        return items[0] if len(items) == 1 else (",", *items)
+
+    def items(self, expand: bool) -> list:
+        """Separated values. With `expand`, an item with \\pm counts twice, once for each sign."""
+        values = []
+        while not values or self.accept(",", ";", "∪"):
+            if values:
+                self.accept(",")                             # "a, and b"
+            start, self.plus_minus = self.position, self.plus_minus and not expand
+            values.append(self.relation())
+            if expand and self.plus_minus:
+                self.position, self.sign = start, -1
+                values.append(self.relation())
+                self.sign = 1
+            self.require(len(values) <= 20, "too many items")
+        return values
+
+    def relation(self):
+        """x = 5 and x in S name a value; x < 5 is x in (-oo, 5); a chain of equations has to be true."""
+        values, relations = [self.quantity()], ""
+        while mark := self.accept(*"=∈<>≤≥≠:"):
+            relations += mark
+            values.append(self.quantity())
+        if not relations:
+            return values[0]
+        if set(relations) == {":"}:
+            return (":", *values)
+        if set(relations) <= {"=", "∈"}:
+            first, *rest = values if has_symbols(values[0]) else values[::-1]
+            self.require(all(same(rest[0], value) for value in rest[1:]), "a chain of unequal values")
+            if has_symbols(first):
+                return ("=", first, rest[-1])
+            self.require(same(first, rest[0]), "a false equation")
+            return rest[0]
+        if set(relations) <= {">", "≥"}:
+            values, relations = values[::-1], relations[::-1].translate(str.maketrans(">≥", "<≤"))
+        if set(relations) <= {"<", "≤"} and len(values) < 4:
+            if len(values) == 2 and is_name(values[0]):
+                values, relations = [-sympy.oo, *values], "<" + relations
+            elif len(values) == 2 and is_name(values[1]):
+                values, relations = [*values, sympy.oo], relations + "<"
+            low, name, high = values if len(values) == 3 else (None, None, None)
+            if is_name(name) and not has_symbols(low) and not has_symbols(high):
+                return ("=", name, ("(["[relations[0] == "≤"] + ")]"[relations[1] == "≤"], low, high))
+        self.require(len(relations) == 1, "a chain of relations")
+        return (relations, node(sympy.Add, values[0], multiply(-1, values[1])))
+
+    def quantity(self):
+        """Words, or an expression with its unit: money in front, any other behind."""
+        if self.next[:1] == '"' and len(self.next) > 2:
+            start = self.position
+            while self.next not in ("", ",", ";", ")", "]", r"\}", "="):
+                self.take()
+            return ("text", " ".join(self.tokens[start:self.position]).replace('"', ""))
+        unit = [UNITS[self.take()]] if self.next == "$" else []
+        value = self.sum()
+        while self.next[:1] == '"' or self.next in ("%", "°") or unit and self.next in ("^", "/"):
+            word = self.take().strip('"')
+            if word == "^":
+                word += str(self.argument())
+            elif word == "/":
+                unit, word = unit + ["per"], self.take().strip('"')
+            if word in SCALES:
+                value = multiply(value, SCALES[word])
+            else:
+                unit.append(UNITS.get(word, word.removesuffix("s")))
+        self.require(not NOT_UNITS & set(unit), "a word that is no unit")
+        return ("unit", " ".join(sorted(unit)), value) if unit else value
+
+    def sum(self):
+        value = None
+        while value is None or self.next in ("+", "-", r"\pm", r"\mp"):
+            mark = self.accept("+", "-", r"\pm", r"\mp")
+            self.plus_minus |= mark in (r"\pm", r"\mp")
+            term = self.product()
+            if {"-": -1, r"\pm": self.sign, r"\mp": -self.sign}.get(mark) == -1:
+                term = multiply(-1, term)
+            value = term if value is None else node(sympy.Add, value, term)
+        return value
+
+    def product(self):
+        value = self.factor()
+        while True:
+            if self.accept("*"):
+                value = multiply(value, self.factor())
+            elif self.accept("/"):
+                value = multiply(value, node(sympy.Pow, self.factor(), -1))
+            elif self.starts_factor():
+                value = multiply(value, self.factor())
+            else:
+                return value
+
+    def starts_factor(self) -> bool:
+        """Whether juxtaposition goes on: 2x, 3(x+1), x\\sqrt2; but not 2 3."""
+        return (self.next.isalpha() or self.next in SYMBOLS | CONSTANTS.keys() | FUNCTIONS.keys()
+                or self.next == "|" and not self.in_bars or self.next in
+                ("(", "{", "[", r"\frac", r"\sqrt", r"\binom", r"\lfloor", r"\lceil", r"\beginpmatrix"))
+
+    def factor(self):
+        self.depth += 1
+        self.require(self.depth <= 30, "nested too deeply")
+        if sign := self.accept("-", "+"):
+            value = multiply(-1, self.factor()) if sign == "-" else self.factor()
+        else:
+            value = self.atom()
+            while self.next == "!" or self.next == "°" and self.in_function:
+                value = (node(sympy.factorial, value) if self.take() == "!" else
+                         node(sympy.Mul, value, sympy.pi, sympy.Rational(1, 180)))
+            if self.accept("^"):
+                value = node(sympy.Pow, value, self.factor())
+        self.depth -= 1
+        return value
+
+    def atom(self):
+        token = self.take()
+        if token[:1].isdecimal() or token[:1] == "." and len(token) > 1:
+            return self.number(token)
+        if token in ("(", "[", "{", r"\{"):
+            return self.bracket(token)
+        if token in ("|", r"\lfloor", r"\lceil"):
+            outer, self.in_bars = self.in_bars, token == "|"
+            value, self.in_bars = self.sum(), outer
+            self.require(self.take() == {"|": "|"}.get(token, token.replace(r"\l", r"\r")))
+            return node({"|": sympy.Abs, r"\lfloor": sympy.floor, r"\lceil": sympy.ceiling}[token], value)
+        if token == r"\frac":
+            return multiply(self.argument(), node(sympy.Pow, self.argument(), -1))
+        if token == r"\binom":
+            return node(sympy.binomial, self.argument(), self.argument())
+        if token == r"\sqrt":
+            root = self.bracket("[") if self.accept("[") else sympy.Integer(2)
+            exponent = 1 / root if getattr(root, "is_Integer", False) and root else node(sympy.Pow, root, -1)
+            return node(sympy.Pow, self.argument(), exponent)
+        if token in FUNCTIONS:
+            return self.function(token)
+        if token in CONSTANTS:
+            return CONSTANTS[token]
+        if token.startswith(r"\begin"):
+            return self.matrix(token.removeprefix(r"\begin"))
+        name = token.strip('"')
+        self.require(name.isalpha() and len(name) < 4 or token in SYMBOLS)
+        if self.accept("_"):
+            name += "_" + str(self.argument())
+        while self.accept("'"):
+            name += "'"
+        return sympy.Symbol(name)
+
+    def number(self, token: str):
+        if "_" in token:
+            digits, base = token.split("_")
+            return ("base", digits.lstrip("0"), base.strip("{}"))
+        value = sympy.Rational(Fraction(token))
+        if value.is_Integer and self.next == r"\frac":       # 3\frac12 is 3.5
+            part = self.atom()
+        elif value.is_Integer and self.next.isdecimal() and self.tokens[self.position + 1] == "/":   # 3 1/2
+            part = multiply(self.atom(), node(sympy.Pow, self.take() and self.atom(), -1))
+        else:
+            return value
+        mixed = not has_symbols(part) and 0 < MP.re(numeric_value(part, {})) < 1
+        return node(sympy.Add if mixed else sympy.Mul, value, part)
+
+    def argument(self):
+        """What a \\command takes: a braced group or, as in TeX, the next single digit or symbol."""
+        if self.next.isdecimal() and len(self.next) > 1:
+            digit, self.tokens[self.position] = self.next[0], self.next[1:]
+            return sympy.Integer(digit)
+        return self.atom()
+
+    def bracket(self, opening: str):
+        outer, self.in_bars = self.in_bars, False
+        values = self.items(expand=opening == r"\{")
+        self.in_bars, pair = outer, opening[-1] + self.take()[-1:]
+        self.require(pair in ("()", "(]", "[)", "[]", "{}"), "unbalanced brackets")
+        if len(values) == 1 and (opening == "{" or pair in ("()", "[]")):
+            return values[0]
+        return ("," if opening == "{" else pair, *values)
+
+    def function(self, name: str):
+        """\\sin^2 x, \\log_2 8, \\cos 2x: the argument is a bracket or the product that follows."""
+        base = self.argument() if name == r"\log" and self.accept("_") else sympy.Integer(10)
+        exponent = self.factor() if self.accept("^") else None
+        outer, self.in_function = self.in_function, True
+        bracketed = self.next in ("(", "{", "[")
+        value = self.atom() if bracketed else self.factor()
+        while not bracketed and self.starts_factor() and self.next not in FUNCTIONS.keys() | {"(", "["}:
+            value = multiply(value, self.factor())
+        self.in_function = outer
+        if exponent == -1 and r"\a" + name[1:] in FUNCTIONS:
+            return node(FUNCTIONS[r"\a" + name[1:]], value)
+        value = node(FUNCTIONS[name], value)
+        if name == r"\log":
+            value = multiply(value, node(sympy.Pow, node(sympy.log, base), -1))
+        return value if exponent is None else node(sympy.Pow, value, exponent)
+
+    def matrix(self, kind: str):
+        rows = [[]]
+        while not self.accept(r"\end" + kind):
+            rows[-1].append(self.sum())
+            if self.accept("\\\\"):
+                rows.append([])
+            else:
+                self.accept("&")
+            self.require(len(rows) <= 7 and len(rows[-1]) <= 6, "matrix too large")
+        rows = [row for row in rows if row]
+        self.require(len({len(row) for row in rows}) == 1, "ragged matrix")
+        return (("|matrix|" if kind == "vmatrix" else "matrix") + str(len(rows)), *sum(rows, []))
+
+
+def has_symbols(value) -> bool:
+    if isinstance(value, tuple):
+        return any(map(has_symbols, value[1:]))
+    return isinstance(value, sympy.Expr) and bool(value.free_symbols)
+
+
+def is_name(value) -> bool:
+    """x, AB, a + b or (x, y): what may stand before "=" without being part of the answer; not 2x or x^2."""
+    if isinstance(value, tuple):
+        return value[0] == "()" and all(map(is_name, value[1:]))
+    return isinstance(value, sympy.Expr) and bool(value.free_symbols) and not value.atoms(sympy.Number)
+
+
+def bits(number) -> int:
+    """Size of a value as a power of two; of a fraction, of its larger half."""
+    if isinstance(number, Fraction):
+        return max(number.numerator.bit_length(), number.denominator.bit_length())
+    return int(MP.mag(number)) if number else 0
+
+
+def numeric_value(expr, point: dict):
+    """Value of an expression at a rational point: a Fraction as long as it is rational, else to 300 digits.
+
+    Every step is bounded, because no operand and no result may exceed MAX_BITS. ValueError if one does.
+    """
+    if expr.is_Rational:
+        return Fraction(expr.p, expr.q)
+    if expr.is_Symbol:
+        return point[expr]
+    if not expr.args:
+        return NUMERIC_CONSTANTS[expr]
+    args = [numeric_value(arg, point) for arg in expr.args]
+    if type(expr) not in ARITHMETIC and bits(args[0]) > 512:
+        raise ValueError("argument too large")
+    value = OPERATIONS[type(expr)](*args)
+    if not MP.isfinite(value) or abs(bits(value)) > MAX_BITS:
+        raise ValueError("number too large")
+    return value
+
+
+def same_expression(a, b) -> bool:
+    """Whether a = b at random points of both signs: exactly where both are rational, else to 200 digits.
+
+    Two expressions of this grammar that agree at six random points agree everywhere. Where some of the values
+    are real, only these count: sqrt(1/n) is 1/sqrt(n).
+    """
+    if {sympy.oo, -sympy.oo} & (a.atoms() | b.atoms()):
+        return False                                         # equal infinities were found equal before
+    symbols, rng = sorted(a.free_symbols | b.free_symbols, key=str), random.Random(0)
+    verdicts = {True: [], False: []}                         # by "both values are real"
+    for signs in ((1,), (-1,), (1, -1), (1, -1), (1, -1), (1, -1)) if symbols else ((1,),):
+        point = {symbol: Fraction(rng.choice(signs) * (2 * rng.randrange(10 ** 6) + 1), 10 ** 6)
+                 for symbol in symbols}
+        x, y = numeric_value(a, point), numeric_value(b, point)
+        if isinstance(x, Fraction) and isinstance(y, Fraction):
+            equal = x == y
+        else:
+            x, y = MP.convert(x), MP.convert(y)
+            equal = abs(x - y) <= TOLERANCE * max(1, abs(x), abs(y))
+        real = max(abs(MP.im(x)), abs(MP.im(y))) < TOLERANCE
+        if real and not equal:
+            return False
+        verdicts[real].append(equal)
+    return bool(verdicts[True]) or all(verdicts[False])
+
+
+def proportional(a, b) -> bool:
+    """Whether a = c b with a constant c != 0: then a = 0 and b = 0 are one equation."""
+    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
+    point = {symbol: Fraction(k + 2, 7) for k, symbol in enumerate(symbols)}
+    x, y = numeric_value(a, point), numeric_value(b, point)
+    return bool(isinstance(x, Fraction) and isinstance(y, Fraction) and x and y
+                and same_expression(multiply(a, sympy.Rational(y)), multiply(b, sympy.Rational(x))))
+
+
+def same(a, b) -> bool:
+    """Equality of two values: structure here, algebra in `same_expression`."""
+    if isinstance(a, str) or isinstance(b, str) or a == b:
+        return a == b
+    if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr):
+        return same_expression(a, b)
+    kind, other = (value[0] if isinstance(value, tuple) else "" for value in (a, b))
+    for mark in ("=", "unit"):                               # x = 5 is 5; 5 cm is 5, but not 5 m
+        if (kind == mark) != (other == mark):
+            wrapped, value = (a, b) if kind == mark else (b, a)
+            return (mark == "unit" or is_name(wrapped[1])) and same(wrapped[2], value)
+    if not kind or not other:                                # {5} is 5
+        structure, value = (a, b) if kind else (b, a)
+        return structure[0] == "{}" and len(structure) == 2 and same(structure[1], value)
+    if kind == other == "=" and not same(a[1], b[1]):
+        return proportional(*(node(sympy.Add, v[1], multiply(-1, v[2])) for v in (a, b)))
+    if len(a) != len(b):
+        return False
+    if {kind, other} <= {",", "{}"}:                         # unordered: strike out one by one
+        rest = list(b[1:])
+        for value in a[1:]:
+            match = next((i for i, candidate in enumerate(rest) if same(value, candidate)), None)
+            if match is None:
+                return False
+            rest.pop(match)
+        return True
+    return (kind == other or {kind, other} == {",", "()"}) and all(map(same, a[1:], b[1:]))
+
+
+def plain_words(text: str) -> str:
+    """The letters of a text answer ("\\text{No}" and "no." are one), or "" if it holds anything else."""
+    letters = re.sub(r"\\(?:text|mathrm|mbox|textbf)\b|[\s{}.\"$']", "", text).casefold()
+    return letters if len(letters) > 1 and letters.isalpha() else ""
+
+
+@functools.lru_cache(maxsize=2 ** 16)                             # a group repeats its answers
+def compare(predicted: str, answer: str) -> str:
+    """The outcome of reading both and comparing them: "right", "wrong", "unparsable" or "error"."""
+    try:
+        left, right = tokenize(predicted), tokenize(answer)
+        if left == right != () or plain_words(predicted) == plain_words(answer) != "":
+            return "right"
+        if choice := re.fullmatch(r"\(?([A-Z])\)?", "".join(right)):       # "(C) 12" is choice C
+            chosen = re.match(r"\(?([A-Z])[).:]", "".join(left))
+            if chosen and not {",", "("} & set(left[2:]):
+                return "right" if chosen[1] == choice[1] else "wrong"
+        return "right" if same(AnswerParser(left).parse(), AnswerParser(right).parse()) else "wrong"
+    except (ValueError, ZeroDivisionError):
+        return "unparsable"
+    except Exception:                 # the one fence, for mistakes here or in sympy: counted, never hidden
+        return "error"
+
+
+COUNTDOWN_OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+                        ast.Div: operator.truediv}
+
+
+def answers_equal(predicted: str, answer: str) -> bool:
+    """Whether two answers in plain text or LaTeX mean the same; False for whatever cannot be read.
+
+    Exact for rationals: 0.333 is not 1/3. A unit, a name ("x =") or money may be missing on one side but not
+    differ; tuples and intervals are ordered, sets and lists are not. Never raises; bounded in time by caps,
+    without clocks, signals or processes, so it works in threads, in notebooks and on Windows.
+    """
+    return max(len(predicted), len(answer)) <= 300 and compare(predicted, answer) == "right"
+
+
+def countdown_equal(expression: str, numbers: tuple[int, ...], target: str | int) -> bool:
+    """Whether `expression` uses each of `numbers` exactly once, with + - * / and brackets, to make `target`.
+
+    Exact (Fraction). "= value" may follow if it is the target. The syntax tree is walked, never evaluated.
+    """
+    formula, *stated = expression.translate(str.maketrans("x×÷−", "**/-")).split("=")
+    if len(expression) > 200 or len(stated) > 1 or re.search(r"[^\d\s+\-*/().]|\*\s*\*|/\s*/", formula):
+        return False
+    used = []
+
+    def value(node) -> Fraction:
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            used.append(node.value)
+            return Fraction(node.value)
+        operation = COUNTDOWN_OPERATIONS[type(node.op)]          # KeyError: any other operator
+        return operation(value(node.left), value(node.right))
+
+    try:
+        result = value(ast.parse(formula.strip(), mode="eval").body)
+        return sorted(used) == sorted(numbers) and all(int(x) == result for x in (target, *stated))
+    except (SyntaxError, ArithmeticError, ValueError, KeyError, AttributeError, RecursionError, MemoryError):
+        return False
+
+
+def verify(predicted: str | None, problem: Problem) -> str:
+    """Outcome for the step log: "right", "wrong", "no_answer", "unparsable", "timeout" or "error".
+
+    `predicted` is what `extract_answer`, or for code `extract_program`, found in the completion.
+    """
+    if not predicted:
+        return "no_answer"
+    if problem.task == "countdown":
+        return "right" if countdown_equal(predicted, problem.numbers, problem.answer) else "wrong"
+    if problem.task == "code":
+        return run_tests(predicted, problem.tests)
+    if max(len(predicted), len(problem.answer)) > 300:
+        return "unparsable"
+    return compare(predicted, problem.answer)
+
+
+def check_references(problems: list[Problem]) -> list[Problem]:
+    """The problems no completion could ever solve: the reference does not verify against itself."""
+    def usable(problem: Problem) -> bool:
+        if problem.task == "code":
+            return bool(problem.tests)
+        if problem.task == "countdown":
+            return bool(problem.numbers) and problem.answer.lstrip("-").isdigit()
+        return verify(problem.answer, problem) == "right"
+    return [problem for problem in problems if not usable(problem)]
+
+
+def grade(completion: str, problem: Problem, lenient: bool = False) -> str:
+    """Outcome of a whole completion: `verify` of the answer, or for code of the program, that it ends in."""
+    code = problem.task == "code"
+    return verify(extract_program(completion) if code else extract_answer(completion, lenient), problem)
+
+
+def accuracy_reward(completion: str, problem: Problem) -> float:
+    """1 if the final answer matches the reference (code: passes every test), else 0 [R1 2.2.2]."""
+    return float(grade(completion, problem) == "right")
+
+
+def format_reward(completion: str, problem: Problem) -> float:
+    """1 if the text is <think> thinking </think> followed by something, each tag once, else 0 [R1 2.2.2].
+
+    Where the prompt ends in a prefilled <think>, pass it in front of the completion. The paper asks for no
+    <answer> tags here: without them there is no accuracy.
+    """
+    start, opened, rest = completion.partition("<think>")
+    thinking, closed, final = rest.partition("</think>")
+    once = completion.count("<think>") == completion.count("</think>") == 1
+    return float(bool(once and closed and not start.strip() and thinking.strip() and final.strip()))
+
+
+def language_reward(completion: str, problem: Problem, language: str = "en") -> float:
+    """Share of the words of the thinking that are in the target language: en | zh [R1 2.3.2, N Eq. 7].
+
+    One CJK ideograph is a word, and so is a run of other letters; numbers and LaTeX are neutral.
+    No words at all: 1.0, neutral, as nothing is in another language.
+    """
+    thinking = completion.rpartition("</think>")[0] or completion
+    thinking = re.sub(r"\$[^$]*\$|\\[A-Za-z]+|<[^<>\s]*>", " ", thinking.rpartition("<think>")[2])
+    words = re.findall(r"[\u3400-\u9fff]|[^\W\d_\u3400-\u9fff]+", thinking)
+    script = {"en": "LATIN", "zh": "CJK"}[language]
+    in_target = [unicodedata.name(word[0], "").startswith(script) for word in words]
+    return sum(in_target) / len(in_target) if in_target else 1.0
+
+
+def extract_program(completion: str) -> str | None:
+    """The last fenced block after the thinking, without its language line."""
+    parts = completion.rpartition("</think>")[2].split("```")
+    return parts[-2].partition("\n")[2] if len(parts) >= 3 and len(parts) % 2 else None
+
+
+# Runs in the child. For asserts the program comes first, with an empty standard input; the tests and a
+# password are read only when it has ended, from a descriptor it was not told about. So neither leaving early
+# nor printing "passed" counts: only the password, written after the last assert, does.
+TEST_RUNNER = """
+import json, os, runpy, sys
+seconds, megabytes, asserts = map(int, sys.argv[1:])
+try:
+    import resource
+    for name, value in dict(AS=megabytes << 20, CPU=seconds, FSIZE=1 << 24, NPROC=64, CORE=0).items():
+        try:
+            resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
+        except (AttributeError, ValueError, OSError):
+            pass
+except ImportError:
+    pass
+if not asserts:
+    runpy.run_path("program.py", run_name="__main__")
+else:
+    channel = os.fdopen(os.dup(0), "rb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    names = runpy.run_path("program.py", run_name="program")
+    password, *tests = json.loads(channel.read())
+    for test in tests:
+        exec(test, names)
+    sys.stdout.flush()
+    os.write(1, password.encode())
+    os._exit(0)
+"""
+
+
+def run_contained(program: str, stdin: str, asserts: bool, time_limit_seconds: float, memory_limit_mb: int):
+    """(exit status, start of the output) of a program in a child process; status None is a time-out."""
+    with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+          tempfile.TemporaryFile() as output):
+        with open(os.path.join(folder, "program.py"), "w", encoding="utf-8") as file:
+            file.write(program)
+        limits = [str(int(time_limit_seconds) + 1), str(memory_limit_mb), str(int(asserts))]
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-c", TEST_RUNNER, *limits], cwd=folder,
+            # Windows does not start without SYSTEMROOT
+            env={name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ},
+            close_fds=True, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=output, stderr=subprocess.DEVNULL)
+        try:
+            process.communicate(stdin.encode(), timeout=time_limit_seconds)
+            status = process.returncode
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            try:                                    # the whole group: what the program started dies with it
+                os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
+            except (ProcessLookupError, PermissionError):
+                pass
+            process.wait()
+        output.seek(0)
+        return status, output.read(1 << 20).decode(errors="replace")
+
+
+def run_tests(program: str, tests: tuple, time_limit_seconds: float = 5.0, memory_limit_mb: int = 512) -> str:
+    """Outcome of a program under all its tests: "right", "wrong", "timeout", or "error" if there are none."""
+    asserts = [test for test in tests if isinstance(test, str)]
+    password = secrets.token_hex(16)
+    runs = [(json.dumps([password, *asserts]), True, password)] if asserts else []
+    runs += [(test["input"], False, test["output"]) for test in tests if not isinstance(test, str)]
+    for stdin, is_assert, expected in runs:
+        try:
+            status, output = run_contained(program, stdin, is_assert, time_limit_seconds, memory_limit_mb)
+        except (OSError, UnicodeError):
+            return "error"
+        if status is None:
+            return "timeout"
+        passed = output.endswith(expected) if is_assert else output.split() == expected.split()
+        if status != 0 or not passed:
+            return "wrong"
+    return "right" if runs else "error"
+
+
+def code_reward(completion: str, problem: Problem, time_limit_seconds: float = 5.0,
+                memory_limit_mb: int = 512) -> float:
+    """1 if the last fenced program passes all of `problem.tests`, else 0 [R1 2.2.2].
+
+    The program runs in a child process in its own session and temporary directory, without environment or
+    inherited handles, with limits on time and, where the system has them, on memory and output, and its
+    process group is killed afterwards. This is containment of accidents, not a security boundary: it has
+    the user's rights, network included. Against hostile code use a container or a virtual machine.
+    """
+    program = extract_program(completion)
+    if not program:
+        return 0.0
+    return float(run_tests(program, problem.tests, time_limit_seconds, memory_limit_mb) == "right")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sampling
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rollout:
+    """One step's completions: row b answers prompt b // group_size.
+
+    ids (batch, length): prompt and completion; prompt_tokens, completion_tokens (batch,): their lengths, the end
+    token counted; truncated (batch,): no end token within the limit; sample_logprobs (batch, completion): noted
+    while sampling; texts: the completions, without end token, a `<think>` that ended the prompt put in front.
+    """
+
+    ids: torch.Tensor
+    prompt_tokens: torch.Tensor
+    completion_tokens: torch.Tensor
+    truncated: torch.Tensor
+    sample_logprobs: torch.Tensor
+    texts: list[str]
+    advantages: torch.Tensor | None = None  # (batch,)
+    old_logprobs: torch.Tensor | None = None  # (batch, completion), of π_old
+    ref_logprobs: torch.Tensor | None = None  # (batch, completion), of π_ref
+
+    @property
+    def completion_mask(self) -> torch.Tensor:
+        """(batch, completion), true up to and with the end token: by position, as the end may be the pad token."""
+        return torch.arange(self.sample_logprobs.shape[1], device=self.ids.device) < self.completion_tokens[:, None]
+
+    def select(self, rows: torch.Tensor) -> "Rollout":
+        """The same for some rows, without the columns that only pad."""
+        length = int((self.prompt_tokens + self.completion_tokens)[rows].max())
+        width = int(self.completion_tokens[rows].max())
+        chosen = {name: value[rows] for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        chosen = {name: value[:, : length if name == "ids" else width] if value.dim() == 2 else value
+                  for name, value in chosen.items()}
+        return Rollout(**chosen, texts=[self.texts[row] for row in rows.tolist()])
+
+
+def grouped_attention(module, query, key, value, attention_mask, scaling=None, **_):
+    """Attention that repeats no key or value for grouped queries; transformers calls it by its registered name.
+
+    No mask means causal: padding is on the right, where nobody looks. With one query token, the query heads that
+    share a key head become the rows of one small product.
+    """
+    batch, heads, queries, _ = query.shape
+    if attention_mask is None:
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=queries > 1, scale=scaling,
+                                                  enable_gqa=heads != key.shape[1])
+        return attended.transpose(1, 2), None
+    query = query.view(batch, key.shape[1], heads // key.shape[1], -1)
+    mask = attention_mask.expand(batch, key.shape[1], query.shape[2], key.shape[2])
+    attended = F.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+    return attended.reshape(batch, 1, heads, -1), None
+
+
+AttentionInterface.register("grouped", grouped_attention)
+
+
+def pick_tokens(logits, uniform, temperature: float, top_p: float = 1.0):
+    """Draw from softmax(logits / temperature) by inverting its cumulative sum at `uniform`.
+
+    logits (batch, vocab), uniform (batch,) in [0, 1) -> tokens (batch,) and their log-probabilities (batch,),
+    float32, under the full softmax. One number decides a row, so rows cannot disturb each other. Temperature 0 is
+    greedy, with the log-probabilities of temperature 1.
+    """
+    logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)
+    if temperature == 0:
+        tokens = logprobs.argmax(-1, keepdim=True)
+    else:
+        probs = logprobs.exp()
+        if top_p < 1:
+            descending, order = probs.sort(descending=True)
+            beyond = descending.cumsum(-1) - descending >= top_p
+            probs = torch.zeros_like(probs).scatter(1, order, descending.masked_fill(beyond, 0.0))
+        cumulative = probs.cumsum(-1)
+        tokens = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+        tokens = tokens.clamp(max=logits.shape[1] - 1)
+    return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
+
+
+def head_size(config) -> int:
+    """Width of one attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def pad_rows(rows: list[list[int]]) -> torch.Tensor:
+    """Lists of ids -> (rows, longest), zeros on the right."""
+    width = max(map(len, rows))
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows])
+
+
+class Decoder:
+    """The state of cached decoding, at fixed addresses: a CUDA graph captured once serves every later rollout.
+
+    It is also the cache object that transformers' modules write to. The token at position p of a sequence lies in
+    slot p of its row, so sequences of different lengths need no padding among the keys and values.
+    """
+
+    def __init__(self, model, sizes: tuple[int, int, int], stops: list[int], compile: bool):
+        device, self.sizes, (rows, max_length, max_completion_tokens) = model.device, sizes, sizes
+        shape = (rows, model.config.num_key_value_heads, max_length, head_size(model.config))
+        # One tensor a layer: of a single stacked one torch.compile would copy the whole at every write.
+        self.keys = [torch.zeros(shape, dtype=model.dtype, device=device) for _ in model.base_model.layers]
+        self.values = [torch.zeros_like(key) for key in self.keys]
+        self.index = torch.arange(rows, device=device)
+        self.row = self.index.clone()  # which completion lies in a row, once others have left
+        self.token, self.position = torch.zeros_like(self.index), torch.zeros_like(self.index)
+        self.done = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.time = torch.zeros(1, dtype=torch.long, device=device)  # completion tokens drawn so far
+        self.ids = torch.zeros(rows, max_completion_tokens, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(rows, max_completion_tokens, device=device)
+        self.uniform = torch.zeros_like(self.logprobs)
+        self.stop_ids = torch.tensor(stops, device=device)
+        self.trunk, self.head = model.base_model, model.get_output_embeddings()
+        self.decoding_trunk = torch.compile(self.trunk, dynamic=False) if compile else self.trunk
+        self.graphs, self.pool = {}, None
+
+    def get_seq_length(self, *_):
+        return 0  # transformers would number positions by it; they are handed over instead
+
+    def update(self, key, value, layer: int, *_, **__):
+        """Store the keys and values of new tokens; -> all those their queries may look at."""
+        rows = len(key)
+        for cache, new in ((self.keys[layer], key), (self.values[layer], value)):
+            if self.share:  # prefill: what a prompt needed once is shared out to the rows of its group
+                cache[: rows * self.share, :, : new.shape[2]] = new.repeat_interleave(self.share, 0)
+            else:
+                cache[self.index[:rows], :, self.position[:rows]] = new[:, :, 0]
+        if self.share:
+            return key, value
+        return self.keys[layer][:rows, :, : self.width], self.values[layer][:rows, :, : self.width]
+
+    def prefill(self, ids, prompt_tokens, group_size: int, uniform, temperature: float, top_p: float):
+        """One pass over the prompts, ids (prompts, length); draws the first token of every completion."""
+        rows = len(ids) * group_size
+        self.share, self.temperature, self.top_p = group_size, temperature, top_p
+        self.row.copy_(self.index), self.done.zero_(), self.time.zero_()
+        self.uniform[:rows, : uniform.shape[1]] = uniform
+        self.position[:rows] = prompt_tokens.repeat_interleave(group_size) - 1
+        hidden = self.trunk(input_ids=ids, past_key_values=self, use_cache=True).last_hidden_state
+        self.share = 0
+        logits = self.head(hidden[self.index[: len(ids)], prompt_tokens - 1])
+        self.draw(logits.repeat_interleave(group_size, 0))
+
+    def draw(self, logits):
+        """Draw the next token of each row and note it."""
+        row = self.row[: len(logits)]
+        token, logprob = pick_tokens(logits, self.uniform[row, self.time], self.temperature, self.top_p)
+        self.ids[row, self.time], self.logprobs[row, self.time] = token, logprob
+        self.token[: len(row)] = token
+        self.done[: len(row)] |= (token[:, None] == self.stop_ids).any(1)
+        self.position[: len(row)] += 1
+        self.time += 1
+
+    def decode(self, rows: int):
+        """One cached step of the first `rows` rows."""
+        position = self.position[:rows, None]
+        mask = torch.arange(self.width, device=position.device) <= position
+        hidden = self.decoding_trunk(input_ids=self.token[:rows, None], position_ids=position, use_cache=True,
+                                     attention_mask=mask[:, None, None], past_key_values=self).last_hidden_state
+        self.draw(self.head(hidden[:, 0]))
+
+    def step(self, rows: int, width: int):
+        """`decode`; on CUDA replayed from a graph, or thousands of small kernels would wait for Python."""
+        self.width, key = width, (rows, width, self.temperature, self.top_p)
+        if self.token.device.type != "cuda":
+            self.decode(rows)
+        elif key in self.graphs:
+            self.graphs[key].replay()
+        else:
+            stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                self.decode(rows)  # the warm-up that a capture needs does this step's work
+            current.wait_stream(stream)
+            self.graphs[key] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[key], pool=self.pool):  # records, does not run
+                self.decode(rows)
+            self.pool = self.graphs[key].pool()
+
+    def drop_ended(self, rows: int, keep: int):
+        """Move `keep` of the first `rows` rows to the front, those still going first."""
+        order = self.done[:rows].to(torch.int8).argsort(stable=True)[:keep]
+        for state in (*self.keys, *self.values, self.row, self.token, self.position, self.done):
+            state[:keep] = state[order]
+
+
+def decoder_for(model, sizes: tuple[int, int, int], stops: list[int], compile: bool) -> Decoder:
+    """The model's own decoder, whose graphs read its weights where they lie; a larger one where it is too small.
+
+    sizes: rows, max_length, max_completion_tokens.
+    """
+    decoder = getattr(model, "grpo_decoder", None)
+    have = decoder.sizes if decoder else (0, 0, 0)
+    if not decoder or any(h < s for h, s in zip(have, sizes)) or decoder.stop_ids.tolist() != stops:
+        model.grpo_decoder = decoder = None  # the old one's memory goes first
+        model.grpo_decoder = Decoder(model, tuple(map(max, have, sizes)), stops, compile)
+    return model.grpo_decoder
+
+
+@torch.no_grad()
+def sample_completions(model, tokenizer, prompts: list[str], *, group_size: int, max_completion_tokens: int,
+                       temperature: float = 1.0, top_p: float = 1.0, seed: int = 0,
+                       max_rows: int | None = None, compile: bool = False) -> Rollout:
+    """Sample `group_size` completions of each prompt -> Rollout of prompts x group_size rows.
+
+    A completion depends on its prompt, its place in the batch and the seed: not on its neighbours, nor on rows that
+    leave once they have ended, nor on waves (beyond `max_rows` rows one wave of prompts follows the other).
+    """
+    model.eval()  # no dropout; and no gradient checkpointing, which would switch the cache off
+    device, rows, cuda = model.device, len(prompts) * group_size, model.device.type == "cuda"
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    prompt_tokens = torch.tensor([len(ids) for ids in encoded], device=device)
+    # Drawn on the CPU, for all rows and steps at once: the same numbers on every device.
+    uniform = torch.rand(rows, max_completion_tokens, generator=torch.Generator().manual_seed(seed))
+    uniform = uniform.clamp(max=1 - 1e-6).to(device)  # rounding must not pass the end of a cumulative sum
+
+    bucket, check_every, shrink = (256, 16, 0.5) if cuda else (32, 1, 0.9)  # on CUDA every shape is a graph
+    per_wave = min(max_rows or rows, rows) // group_size
+    max_length = -(-(int(prompt_tokens.max()) + max_completion_tokens) // bucket) * bucket
+    stops = sorted(stop_token_ids(model, tokenizer))
+    decoder = decoder_for(model, (per_wave * group_size, max_length, max_completion_tokens), stops, compile)
+    ids, logprobs = [], []
+    for wave in torch.arange(len(prompts), device=device).split(per_wave):
+        going, first = len(wave) * group_size, int(wave[0]) * group_size
+        here, longest = slice(0, going), int(prompt_tokens[wave].max())
+        decoder.prefill(pad_rows([encoded[i] for i in wave.tolist()]).to(device), prompt_tokens[wave], group_size,
+                        uniform[first : first + going], temperature, top_p)
+        for t in tqdm(range(1, max_completion_tokens), "sampling", delay=5, leave=False):
+            if t % check_every == 0:  # on CUDA a look at `done` waits for the device
+                left = going - int(decoder.done[:going].sum())
+                if left == 0:
+                    break
+                if left <= shrink * going:
+                    decoder.drop_ended(going, going := int(shrink * going))
+            decoder.step(going, -(-(longest + t) // bucket) * bucket)
+        ids.append(decoder.ids[here, :max_completion_tokens].clone())
+        logprobs.append(decoder.logprobs[here, :max_completion_tokens].clone())
+
+    ids, logprobs = torch.cat(ids), torch.cat(logprobs)
+    ended = torch.isin(ids, decoder.stop_ids)
+    completion_tokens = torch.where(ended.any(1), ended.int().argmax(1) + 1, max_completion_tokens)
+    completions = [row[:n] for row, n in zip(ids.tolist(), completion_tokens.tolist())]
+    rollout = Rollout(
+        pad_rows([encoded[b // group_size] + completion for b, completion in enumerate(completions)]).to(device),
+        prompt_tokens.repeat_interleave(group_size), completion_tokens, ~ended.any(1),
+        logprobs[:, : int(completion_tokens.max())], texts=[])
+    rollout.sample_logprobs = rollout.sample_logprobs.masked_fill(~rollout.completion_mask, 0.0)
+    for b, completion in enumerate(completions):
+        prefilled = "<think>" if prompts[b // group_size].rstrip().endswith("<think>") else ""
+        rollout.texts.append(prefilled + tokenizer.decode([i for i in completion if i not in stops]))
+    return rollout
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Log-probabilities
+# ------------------------------------------------------------------------------------------------------------
+
+
+def head_logprobs(head, hidden, targets, temperature: float):
+    """hidden (tokens, hidden_size), targets (tokens,) -> log-probabilities, entropies (nats): (tokens,) float32."""
+    logits = head(hidden).float() / temperature
+    normaliser = logits.logsumexp(-1)
+    logprobs = logits.gather(1, targets[:, None])[:, 0] - normaliser
+    with torch.no_grad():
+        entropy = normaliser - torch.linalg.vecdot(logits.softmax(-1), logits)
+    return logprobs, entropy
+
+
+def token_logprobs(model, rollout: Rollout, temperature: float, chunk_tokens: int = 2048,
+                   return_entropy: bool = False):
+    """log π(o_t | q, o_<t) of every completion token, at the temperature of sampling.
+
+    -> (batch, completion) float32, 0 in padding; with `return_entropy` also the entropy of each distribution. The
+    logits of only one chunk of tokens exist at a time, in the backward pass too: those of 16,000 tokens and 152,000
+    words would take 10 GB, several times over.
+    """
+    mask, head = rollout.completion_mask, model.get_output_embeddings()
+    row, t = mask.nonzero(as_tuple=True)
+    place = rollout.prompt_tokens[row] + t  # of the token; the position before it predicts it
+    hidden = model.base_model(input_ids=rollout.ids, use_cache=False).last_hidden_state[row, place - 1]
+    chunks = [checkpoint(head_logprobs, head, h, target, temperature, use_reentrant=False)
+              for h, target in zip(hidden.split(chunk_tokens), rollout.ids[row, place].split(chunk_tokens))]
+    blank = torch.zeros(mask.shape, device=mask.device)
+    logprobs, entropy = (blank.index_put((row, t), torch.cat(values)) for values in zip(*chunks))
+    return (logprobs, entropy) if return_entropy else logprobs
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Advantages and loss
+# ------------------------------------------------------------------------------------------------------------
+
+
+def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes that train together (torchrun); without them, the value itself."""
+    if dist.is_initialized():
+        dist.all_reduce(value := value.clone())
+    return value
+
+
+def group_advantages(rewards: torch.Tensor, scale: bool = True) -> torch.Tensor:
+    """A_i = (r_i - mean(r)) / std(r) within each group [R1 Eq. 3]; (prompts, group_size) -> the same shape.
+
+    Without `scale`, no division [DrGRPO]. Where all rewards are equal A is exactly 0: what rounding leaves of their
+    differences must not be blown up.
+    """
+    advantages = rewards - rewards.mean(1, keepdim=True)
+    if scale:
+        advantages = advantages / (rewards.std(1, correction=0, keepdim=True) + 1e-4)
+    flat = rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True) < 1e-6
+    return advantages.masked_fill(flat, 0.0)
+
+
+def loss_weights(completion_mask, average: str = "sequence", max_completion_tokens: int = 0) -> torch.Tensor:
+    """The weight of each token in the loss of one update; (batch, completion) -> the same shape.
+
+    sequence: 1 / (B |o_i|) [GRPO]; token: 1 / Σ|o_i| [DAPO]; constant: 1 / (B L_max) [DrGRPO], where B counts the
+    completions with a token in the mask. Taken over the whole update, so that micro-batches change nothing.
+    """
+    mask = completion_mask.float()
+    tokens = mask.sum(1, keepdim=True)
+    completions = sum_over_ranks((tokens > 0).sum()).clamp(min=1)
+    if average == "sequence":
+        return mask / (completions * tokens.clamp(min=1))
+    all_tokens = sum_over_ranks(tokens.sum()).clamp(min=1)
+    return mask / (all_tokens if average == "token" else completions * max_completion_tokens)
+
+
+def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, completion_mask, weights=None, *,
+              clip_eps: float = 0.2, clip_eps_high: float | None = None, kl_coef: float = 0.0):
+    """-[R1 Eq. 1], token by token: the weighted sum of β KL - min(ρ A, clip(ρ, 1-ε, 1+ε) A).
+
+    All (batch, completion) but advantages, (batch,); weights as from `loss_weights`, by default its default.
+    -> the loss, and sums over tokens of kl, clipped (the clip cuts the gradient), ratio, and tokens.
+    """
+    weights = loss_weights(completion_mask) if weights is None else weights
+    # Log-ratios are zeroed in the padding before exp: after it, 0 x inf would be NaN in the backward pass.
+    ratio = (logprobs - old_logprobs).masked_fill(~completion_mask, 0.0).clamp(-20, 20).exp()  # ρ = π_θ / π_old
+    clipped_ratio = ratio.clamp(1 - clip_eps, 1 + (clip_eps if clip_eps_high is None else clip_eps_high))
+    surrogate = torch.minimum(ratio * advantages[:, None], clipped_ratio * advantages[:, None])
+    kl = torch.zeros_like(ratio)
+    if kl_coef:
+        log_ref_ratio = (ref_logprobs - logprobs).masked_fill(~completion_mask, 0.0).clamp(-20, 20)
+        kl = log_ref_ratio.exp() - log_ref_ratio - 1  # [R1 Eq. 2], an estimate of KL(π_θ || π_ref), never below 0
+    loss = (weights * (kl_coef * kl - surrogate)).sum()
+    clipped = completion_mask & (surrogate < ratio * advantages[:, None])
+    sums = dict(kl=kl, clipped=clipped, ratio=ratio * completion_mask, tokens=completion_mask)
+    return loss, {name: float(value.detach().sum()) for name, value in sums.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Optimiser
+# ------------------------------------------------------------------------------------------------------------
+
+
+class MasterAdamW:
+    """AdamW on float32 master weights, moments and gradients beneath weights of any type.
+
+    bfloat16 has 8 significant bits, so a step of 1e-6 on a weight of 0.02 is rounded away, every time. The masters
+    add such steps up; the model holds their rounded copies. A float32 weight is its own master.
+    """
+
+    def __init__(self, model, learning_rate: float, beta2: float = 0.95):
+        self.weights = [p for p in model.parameters() if p.requires_grad]
+        self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.weights]
+        self.adamw = torch.optim.AdamW(self.masters, lr=learning_rate, betas=(0.9, beta2), weight_decay=0.0,
+                                       fused=model.device.type == "cuda")
+
+    def state_dict(self) -> dict:
+        """AdamW's state, and the masters where they are not the weights themselves."""
+        return dict(adamw=self.adamw.state_dict(), masters=[master for _, master in self.rounded()])
+
+    def load_state_dict(self, state: dict):
+        """The counterpart of `state_dict`; the weights are loaded with the model."""
+        self.adamw.load_state_dict(state["adamw"])
+        for (_, master), saved in zip(self.rounded(), state["masters"]):
+            master.copy_(saved)
+
+    def rounded(self):
+        """The (weight, master) pairs that are not one and the same."""
+        return [(weight, master) for weight, master in zip(self.weights, self.masters) if weight is not master]
+
+    def accumulate(self):
+        """After a micro-batch's backward pass: add its gradients up in float32, free the rounded ones."""
+        for weight, master in self.rounded():
+            if weight.grad is not None:
+                master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
+                weight.grad = None
+
+    @torch.no_grad()
+    def step(self, learning_rate: float, max_grad_norm: float) -> float:
+        """Clip, step, round, forget the gradients -> their norm before the clip. If not finite: no step."""
+        self.accumulate()
+        for master in self.masters if dist.is_initialized() else ():
+            dist.all_reduce(master.grad)  # a sum: the loss weights count the tokens of all processes
+        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm))
+        if math.isfinite(norm):
+            self.adamw.param_groups[0]["lr"] = learning_rate
+            self.adamw.step()
+            for weight, master in self.rounded():
+                weight.copy_(master)  # in place: CUDA graphs read the weights where they lie
+        self.adamw.zero_grad()
+        return norm
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Train
+# ------------------------------------------------------------------------------------------------------------
+
+REFLECTION = re.compile(  # the ten words of [N, supplement, Fig. 9], and 等, "wait"
+    r"\b(?:wait|mistake|however|but|retry|error|verify|wrong|evaluate|check)\b|等", re.IGNORECASE)
+
+
+def mean(values) -> float:
+    """Arithmetic mean of numbers, 0 of none."""
+    values = [float(value) for value in values]
+    return sum(values) / len(values) if values else 0.0
+
+
+def share_of_rank(batch: list) -> list:
+    """This process's part of the prompts of a step; each process takes the same number."""
+    if not dist.is_initialized():
+        return batch
+    size = len(batch) // dist.get_world_size()
+    return batch[dist.get_rank() * size :][:size]
+
+
+def sample_for(model, tokenizer, problems: list[Problem], cfg: Config, group_size: int, seed: int,
+               temperature: float | None = None, top_p: float = 1.0) -> Rollout:
+    """`sample_completions` for problems, with the settings of a run; temperature None is that of training."""
+    prompts = [render_prompt(tokenizer, problem.question, cfg) for problem in problems]
+    return sample_completions(
+        model, tokenizer, prompts, group_size=group_size, max_completion_tokens=cfg.max_completion_tokens,
+        temperature=cfg.temperature if temperature is None else temperature, top_p=top_p, seed=seed,
+        max_rows=cfg.max_rows, compile=cfg.compile)
+
+
+def score(rollout: Rollout, batch: list[Problem], cfg: Config):
+    """-> rewards (prompts, group_size), their parts by name, each (batch,), and how the answers came out, counted."""
+    group_size = len(rollout.texts) // len(batch)
+    rows = [(text, batch[b // group_size]) for b, text in enumerate(rollout.texts)]
+    outcomes = [grade(*row) for row in rows]
+    parts = {"accuracy": [float(outcome == "right") for outcome in outcomes],
+             "format": [format_reward(*row) for row in rows]}
+    if cfg.language_weight:
+        parts["language"] = [language_reward(*row, cfg.language) for row in rows]
+    rewards = sum(getattr(cfg, f"{name}_weight") * torch.tensor(part) for name, part in parts.items())
+    return rewards.view(len(batch), group_size), parts, Counter(outcomes)
+
+
+def micro_batches(rollout: Rollout, max_tokens: int) -> list[torch.Tensor]:
+    """The rows by falling length, in batches of at most `max_tokens` tokens with their padding, at least one row."""
+    lengths = (rollout.prompt_tokens + rollout.completion_tokens).tolist()
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= max_tokens:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return [torch.tensor(batch, device=rollout.ids.device) for batch in batches]
+
+
+@torch.no_grad()
+def score_logprobs(model, rollout: Rollout, cfg: Config) -> torch.Tensor:
+    """`token_logprobs` of a whole rollout, micro-batch by micro-batch: (batch, completion)."""
+    logprobs = torch.zeros_like(rollout.sample_logprobs)
+    for rows in micro_batches(rollout, cfg.micro_batch_tokens):
+        part = token_logprobs(model, rollout.select(rows), cfg.temperature, cfg.logits_chunk_tokens)
+        logprobs[rows, : part.shape[1]] = part
+    return logprobs
+
+
+def update_policy(policy, optimizer: MasterAdamW, rollout: Rollout, cfg: Config, learning_rate: float) -> Counter:
+    """One optimizer step on these completions -> sums over their tokens; loss; the gradient's norm."""
+    policy.train()
+    in_loss = rollout.completion_mask & ~(rollout.truncated[:, None] & cfg.mask_truncated)
+    weights = loss_weights(in_loss, cfg.loss_average, cfg.max_completion_tokens)
+    sums = Counter()
+    for rows in micro_batches(rollout, cfg.micro_batch_tokens):
+        part = rollout.select(rows)
+        width = part.sample_logprobs.shape[1]
+        logprobs, entropy = token_logprobs(policy, part, cfg.temperature, cfg.logits_chunk_tokens, True)
+        loss, stats = grpo_loss(
+            logprobs, part.old_logprobs, part.ref_logprobs, part.advantages, in_loss[rows, :width],
+            weights[rows, :width], clip_eps=cfg.clip_eps, clip_eps_high=cfg.clip_eps_high, kl_coef=cfg.kl_coef)
+        loss.backward()
+        optimizer.accumulate()
+        moved = (logprobs.detach() - part.old_logprobs).abs().sum()
+        sums.update(stats)
+        sums.update(loss=loss.item(), entropy=float(entropy.sum()), moved=float(moved),
+                    all_tokens=int(part.completion_tokens.sum()))
+    sums["grad_norm"] = optimizer.step(learning_rate, cfg.max_grad_norm)
+    return sums
+
+
+def batch_of_problems(problems: list[Problem], step: int, cfg: Config) -> list[Problem]:
+    """The questions of a step (from 1): the next ones in an order that every epoch shuffles anew.
+
+    A function of seed and step alone, so a run that is resumed needs no other memory of its place in the data.
+    """
+    epochs = {}
+    for place in range((step - 1) * cfg.prompts_per_step, step * cfg.prompts_per_step):
+        epochs.setdefault(place // len(problems), []).append(place % len(problems))
+    batch = []
+    for epoch, places in epochs.items():
+        order = random.Random(f"{cfg.seed}/{epoch}").sample(problems, len(problems))
+        batch += [order[place] for place in places]
+    return batch
+
+
+def train_grpo(policy, tokenizer, problems: list[Problem], cfg: Config, after_step=None, state=None):
+    """Group Relative Policy Optimization [GRPO Algorithm 1], [R1 2.2.1]. Changes `policy` in place.
+
+    `after_step(metrics, rollout, batch, get_state)` is called after every step; it ends the training by returning
+    True. get_state() is what a later call takes as `state` to go on exactly there: all that is random is drawn from
+    (seed, step), so no generator is in it. Raises RunError after three gradients in a row that are not finite.
+    """
+    optimizer = MasterAdamW(policy, cfg.learning_rate, cfg.adam_beta2)
+    policy.grpo_decoder = None  # not to be copied
+    ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None  # π_ref
+    if cfg.gradient_checkpointing:  # the method's old name until transformers 5.2x
+        getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)(
+            {"use_reentrant": False})
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        if ref_model:
+            ref_model.load_state_dict(state["ref_model"])
+    unusable = 0
+    for step in range(state["step"] + 1 if state else 1, cfg.steps + 1):
+        started, seed = time.perf_counter(), cfg.seed * 1_000_003 + step
+        batch = share_of_rank(batch_of_problems(problems, step, cfg))  # q ~ P(Q)
+        rollout = sample_for(policy, tokenizer, batch, cfg, cfg.group_size, seed)  # o_1 ... o_G ~ π_old(.|q)
+        sample_seconds = time.perf_counter() - started
+        rewards, parts, outcomes = score(rollout, batch, cfg)
+        rollout.advantages = group_advantages(rewards, cfg.scale_advantages).flatten().to(policy.device)
+        started = time.perf_counter()
+        # In float32 the sampler's numbers are the update's to 1e-5; in bfloat16 other kernels round otherwise.
+        rollout.old_logprobs = (rollout.sample_logprobs if policy.dtype == torch.float32
+                                else score_logprobs(policy, rollout, cfg))
+        rollout.ref_logprobs = score_logprobs(ref_model, rollout, cfg) if ref_model else None
+
+        learning_rate = cfg.learning_rate * min(1.0, step / max(1, cfg.warmup_steps))
+        order = torch.randperm(len(rollout.texts), generator=torch.Generator().manual_seed(seed))
+        updates = [update_policy(policy, optimizer, rollout.select(rows), cfg, learning_rate)
+                   for rows in order.to(policy.device).chunk(cfg.updates_per_rollout)]
+        if ref_model and cfg.ref_every and step % cfg.ref_every == 0:
+            ref_model.load_state_dict(policy.state_dict())
+
+        unusable = 0 if math.isfinite(updates[-1]["grad_norm"]) else unusable + 1
+        metrics = step_metrics(step, rollout, rewards, parts, outcomes, updates, sample_seconds,
+                               time.perf_counter() - started)
+        get_state = lambda: dict(step=step, optimizer=optimizer.state_dict(),  # noqa: E731
+                                 ref_model=ref_model.state_dict() if ref_model else None)
+        if after_step and after_step(metrics, rollout, batch, get_state):
+            return
+        if unusable == 3:
+            raise RunError("three gradients in a row were not finite; lower learning_rate, or go back to a "
+                           "checkpoint from before with --resume; the batches were kept beside it")
+
+
+def step_metrics(step, rollout, rewards, parts, outcomes, updates, sample_seconds, update_seconds) -> dict:
+    """A step in numbers; the README's glossary explains each."""
+    total, tokens = sum(updates, Counter()), int(rollout.completion_tokens.sum())
+    in_loss, all_tokens = max(1, total["tokens"]), max(1, total["all_tokens"])
+    return dict(
+        step=step, reward=float(rewards.mean()), **{name: mean(part) for name, part in parts.items()},
+        mean_tokens=tokens / len(rollout.texts), truncated=mean(rollout.truncated),
+        dead_groups=mean(rewards.amax(1) - rewards.amin(1) < 1e-6),
+        reflection=mean(bool(REFLECTION.search(text)) for text in rollout.texts),
+        loss=mean(update["loss"] for update in updates), kl=total["kl"] / in_loss, ratio=total["ratio"] / in_loss,
+        clip_fraction=total["clipped"] / in_loss, grad_norm=mean(update["grad_norm"] for update in updates),
+        entropy=total["entropy"] / all_tokens, moved=updates[0]["moved"] / max(1, updates[0]["all_tokens"]),
+        outcomes=dict(outcomes), sample_seconds=sample_seconds, update_seconds=update_seconds,
+        sample_tokens_per_second=tokens / sample_seconds, update_tokens_per_second=tokens / update_seconds)
+
+
+def majority_vote(predictions: list, equal=answers_equal):
+    """The answer given most often, equal ones counted as one; None does not vote; a tie goes to the first seen."""
+    ballots: list[list] = []
+    for predicted in predictions:
+        if predicted is not None:
+            same = next((ballot for ballot in ballots if equal(predicted, ballot[0])), None)
+            same.append(predicted) if same else ballots.append([predicted])
+    return max(ballots, key=len)[0] if ballots else None
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Probability that k of n samples, c of them right, hold a right one: 1 - C(n-c, k) / C(n, k) [PASS Eq. 1]."""
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def confidence_interval(values: list[float]) -> list[float]:
+    """95 % interval of a mean of shares, one value a problem: samples of one problem are no independent evidence."""
+    m, n = mean(values), len(values)
+    half_width = 1.96 * (sum((v - m) ** 2 for v in values) / max(1, n - 1) / n) ** 0.5 if n > 1 else 1.0
+    return [max(0.0, m - half_width), min(1.0, m + half_width)]
+
+
+def same_text(a: str, b: str) -> bool:
+    """Equality of Countdown expressions: to vote for the same number would be no agreement on how to make it."""
+    return a.split() == b.split()
+
+
+def evaluate(model, tokenizer, problems: list[Problem], cfg: Config) -> dict:
+    """Sampled accuracy as the paper measures it [R1 3]: pass@1 over k completions a problem, and what goes with it."""
+    k = cfg.eval_samples
+    rollout = sample_for(model, tokenizer, problems, cfg, k, cfg.seed, cfg.eval_temperature, cfg.eval_top_p)
+    rows = [(text, problems[b // k]) for b, text in enumerate(rollout.texts)]
+    right = [accuracy_reward(*row) for row in rows]
+    groups = [slice(i * k, (i + 1) * k) for i in range(len(problems))]
+    per_problem, tokens = [mean(right[group]) for group in groups], rollout.completion_tokens.tolist()
+    votes = [majority_vote([extract_answer(text) for text in rollout.texts[group]],
+                           same_text if problem.task == "countdown" else answers_equal)
+             for group, problem in zip(groups, problems)]
+    return dict(
+        pass_at_1=mean(right), pass_at_1_ci95=confidence_interval(per_problem),
+        maj_at_k=mean(verify(vote, problem) == "right" for vote, problem in zip(votes, problems)),
+        pass_at_k=mean(share > 0 for share in per_problem), k=k, problems=len(problems),
+        lenient_accuracy=mean(grade(*row, lenient=True) == "right" for row in rows),
+        format_rate=mean(format_reward(*row) for row in rows), truncated_rate=mean(rollout.truncated),
+        mean_tokens=mean(tokens), tokens_right=mean(n for n, r in zip(tokens, right) if r),
+        tokens_wrong=mean(n for n, r in zip(tokens, right) if not r),
+        reflection_rate=mean(bool(REFLECTION.search(text)) for text in rollout.texts),
+        reflections=mean(len(REFLECTION.findall(text)) for text in rollout.texts))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints, log, main
+# ------------------------------------------------------------------------------------------------------------
+
+
+def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype]:
+    """The device, and the type of weights on it: bfloat16 where the hardware has it."""
+    name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device is {cfg.device!r}, but torch sees no CUDA GPU; leave it out or use cpu")
+    try:
+        device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    except RuntimeError:
+        raise InputError(f"device is {cfg.device!r}; it must be auto, cpu, cuda or cuda:N") from None
+    has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return device, getattr(torch, cfg.dtype) if cfg.dtype != "auto" else torch.bfloat16 if has_bf16 else torch.float32
+
+
+def load_tokenizer(path: str):
+    """The tokenizer of a checkpoint folder or hub name."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {path!r}: no tokenizer there ({str(error).splitlines()[0]}); give the folder of a "
+                         f"checkpoint, or with network a name on the hub") from None
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"model {path!r}: its tokenizer has no end token, so no completion could end; set eos_token")
+    return tokenizer
+
+
+def load_model(path: str, device, dtype):
+    """Any causal language model of transformers whose attention and logits this file can reproduce: it is checked."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="grouped").to(device)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {path!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # sampling has none, and the ratio compares like with like
+    ids = torch.arange(8, device=device)[None]
+    with torch.no_grad():
+        ours = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        model.set_attn_implementation("eager")
+        plain = model(input_ids=ids, use_cache=False).logits
+        model.set_attn_implementation("grouped")
+    if not torch.allclose(ours.float(), plain.float(), atol=1e-3 if dtype == torch.float32 else 0.5, rtol=0.05):
+        raise InputError(f"model {path!r}: a {model.config.model_type} does something between hidden states and logits, "
+                         f"or in its attention, that this file does not; take a Qwen2, Qwen3 or Llama checkpoint")
+    return model
+
+
+def check_prompts(tokenizer, problems: list[Problem], cfg: Config):
+    """Refuse questions whose prompt is too long."""
+    for problem in problems:
+        tokens = len(encode_prompt(tokenizer, render_prompt(tokenizer, problem.question, cfg)))
+        if tokens > cfg.max_prompt_tokens:
+            raise InputError(f"a question makes a prompt of {tokens} tokens, above max_prompt_tokens "
+                             f"{cfg.max_prompt_tokens}; raise that, or leave out {problem.question[:50]!r}")
+
+
+def memory_estimate(model_config, parameters: int, cfg: Config, dtype: torch.dtype) -> dict[str, float]:
+    """GB by use on the device, and `row`: those of one completion while it is sampled."""
+    size, hidden, layers = dtype.itemsize, model_config.hidden_size, model_config.num_hidden_layers
+    kept = layers * (1 if cfg.gradient_checkpointing else 16)  # hidden states kept a token, roughly
+    in_layer = 16 * hidden + 3 * model_config.intermediate_size  # of the one layer being recomputed
+    heads = model_config.num_key_value_heads * head_size(model_config)
+    length = cfg.max_prompt_tokens + cfg.max_completion_tokens
+    use = dict(
+        weights=size * parameters, masters=4 * parameters * (size < 4), moments=8 * parameters,
+        gradients=4 * parameters, reference=size * parameters * (cfg.kl_coef > 0),
+        activations=size * cfg.micro_batch_tokens * (kept * hidden + in_layer),
+        logits=16 * cfg.logits_chunk_tokens * model_config.vocab_size,  # float32, four at a time
+        row=2 * size * layers * heads * length + 24 * model_config.vocab_size)
+    return {name: value / 1e9 for name, value in use.items()}
+
+
+def plan_memory(cfg: Config, path: str, device, dtype) -> Config:
+    """Before a model is loaded: print what it will need; -> cfg with `max_rows` set to what fits on a GPU."""
+    model_config = AutoConfig.from_pretrained(path)
+    with torch.device("meta"):
+        parameters = AutoModelForCausalLM.from_config(model_config).num_parameters()
+    show(f"device    {device}, {str(dtype).removeprefix('torch.')}")
+    show(f"model     {path}: {model_config.model_type}, {parameters:,} weights")
+    if device.type != "cuda":
+        return cfg
+    use, free = memory_estimate(model_config, parameters, cfg, dtype), torch.cuda.mem_get_info(device)[0] / 1e9
+    row, fixed = use.pop("row"), sum(use.values())
+    fit, wanted = int((0.95 * free - fixed) / row), cfg.prompts_per_step * cfg.group_size
+    if fit < max(cfg.group_size, cfg.eval_samples):
+        raise InputError(
+            f"memory: {fixed:.1f} GB and {row:.2f} GB a completion are needed, {free:.1f} GB are free; lower "
+            f"micro_batch_tokens ({cfg.micro_batch_tokens}), max_completion_tokens ({cfg.max_completion_tokens}) or "
+            f"group_size ({cfg.group_size}), set kl_coef 0, or take a smaller model")
+    rows = min(cfg.max_rows or wanted, fit)
+    show("memory    " + ", ".join(f"{name} {gb:.1f}" for name, gb in use.items())
+         + f", {rows} rows {rows * row:.1f}: {fixed + rows * row:.1f} of {free:.1f} GB free")
+    return dataclasses.replace(cfg, max_rows=rows)
+
+
+def rank() -> int:
+    """Number of this process among those that train together; 0 alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def show(text: str):
+    """A line on screen, from one process, without breaking a progress bar."""
+    if rank() == 0:
+        tqdm.write(text)
+
+
+def sparkline(values: list[float], width: int = 50) -> str:
+    """A curve as one line of text, neighbours averaged down to `width`."""
+    size = min(width, len(values))
+    means = [mean(values[i * len(values) // size : (i + 1) * len(values) // size]) for i in range(size)]
+    low, span = min(means, default=0), max(means, default=0) - min(means, default=0) or 1.0
+    return "".join("▁▂▃▄▅▆▇█"[int(7.99 * (value - low) / span)] for value in means)
+
+
+def doctor(m: dict, cfg: Config) -> list[str]:
+    """What looks wrong in a step's metrics, in words."""
+    unjudged = m["outcomes"].get("timeout", 0) + m["outcomes"].get("error", 0)
+    findings = (
+        (m["truncated"] > 0.5, f"{m['truncated']:.0%} of completions hit max_completion_tokens "
+         f"({cfg.max_completion_tokens}): raise it, and check the stop tokens above"),
+        (m["dead_groups"] == 1, "all groups flat: no gradient; take easier problems, a larger group_size, or a "
+         "template whose format the model can hit"),
+        (0.8 < m["dead_groups"] < 1, f"{m['dead_groups']:.0%} of groups flat: hardly any gradient"),
+        (m["clip_fraction"] > 0.3, f"the clip stops {m['clip_fraction']:.0%} of tokens: lower learning_rate"),
+        (m["kl"] > 1, f"a KL of {m['kl']:.1f} nats a token from the reference: lower learning_rate"),
+        (m["entropy"] < 0.02, f"an entropy of {m['entropy']:.3f} nats: completions hardly differ any more"),
+        (m["moved"] > 0.1, f"log-probabilities are {m['moved']:.2f} nats from those at sampling before any update"),
+        (not math.isfinite(m["grad_norm"]), "the gradient is not finite: this update was left out"),
+        (unjudged > 0, f"{unjudged} answers could not be judged (time-out or error)"))
+    return [sentence for holds, sentence in findings if holds]
+
+
+MAY_CHANGE = ("steps", "save_every", "log_every", "sample_every")  # between a run and its resumption
+
+
+def run_folder(cfg) -> Path:
+    """output_dir, or by default the next of runs/STAGE, runs/STAGE-2, ... that is free; to resume, the last taken."""
+    if cfg.output_dir:
+        return Path(cfg.output_dir)
+    names = (Path("runs", cfg.stage if n == 1 else f"{cfg.stage}-{n}") for n in itertools.count(1))
+    taken = list(itertools.takewhile(Path.exists, names))
+    free = Path("runs", f"{cfg.stage}-{len(taken) + 1}" if taken else cfg.stage)
+    return taken[-1] if cfg.resume and taken else free
+
+
+class Run:
+    """The folder of a run and its lines on screen.
+
+    config.json, metrics.jsonl (a step a line), evaluations.jsonl, samples.jsonl, summary.json, checkpoint/ (to
+    resume from), best/ and final/ (ordinary transformers checkpoints).
+    """
+
+    def __init__(self, cfg: Config):
+        self.path = run_folder(cfg)
+        self.cfg, self.elapsed, self.stopped_by = cfg, 0.0, None
+        self.metrics, self.facts = [], {}  # what metrics.jsonl and summary.json hold
+        settings = dataclasses.asdict(dataclasses.replace(cfg, resume=False, output_dir=None))
+        if cfg.resume:
+            self.check_config(settings)
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise InputError(f"output_dir {str(self.path)!r} already holds a run or other files; go on with it by "
+                             f"--resume, or name another folder")
+        self.started = time.perf_counter()
+        if rank() == 0:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.write("config.json", settings)
+            except OSError as error:
+                raise InputError(f"output_dir {str(self.path)!r} cannot be written: {error.strerror}") from None
+
+    def check_config(self, settings: dict):
+        """Refuse to resume under other settings than the run was started with."""
+        try:
+            saved = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise InputError(f"output_dir {str(self.path)!r} holds no run to resume") from None
+        changed = [name for name in settings if name not in MAY_CHANGE and settings[name] != saved.get(name)]
+        if changed:
+            raise InputError("resume: " + ", ".join(f"{n} was {saved.get(n)!r}, is {settings[n]!r}" for n in changed)
+                             + "; leave these as they were, or start a new run")
+
+    def write(self, name: str, value: dict):
+        """A JSON file, whole or not at all."""
+        temporary = self.path / f"{name}.tmp"
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, self.path / name)
+
+    def append(self, name: str, value: dict):
+        """One more line of a JSON-lines file."""
+        if rank() == 0:
+            with open(self.path / name, "a", encoding="utf-8") as file:
+                file.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+    def seconds(self) -> float:
+        """Since the run began, the time between an interruption and its resumption not counted."""
+        return self.elapsed + time.perf_counter() - self.started
+
+    def log_step(self, metrics: dict, rollout: Rollout, batch: list[Problem]):
+        """One step: the files and, every so often, a line, the doctor's word and a completion in full."""
+        cfg, step = self.cfg, metrics["step"]
+        self.metrics.append(dict(step=step, seconds=self.seconds(), **{k: v for k, v in metrics.items() if k != "step"}))
+        self.append("metrics.jsonl", {k: None if isinstance(v, float) and not math.isfinite(v) else v
+                                      for k, v in self.metrics[-1].items()})
+        if not math.isfinite(metrics["grad_norm"]):
+            torch.save(vars(rollout), self.path / f"not_finite_step_{step}_rank_{rank()}.pt")
+        if step % cfg.log_every == 0:
+            show("step {step:4d}  reward {reward:.2f}  accuracy {accuracy:.2f}  format {format:.2f}  tokens {mean_tokens:5.1f}"
+                 "  cut {truncated:.0%}  dead {dead_groups:.0%}  reflect {reflection:.0%}  kl {kl:.4f}  "
+                 "clip {clip_fraction:.1%}  grad {grad_norm:.2f}  entropy {entropy:.2f}  tokens/s "
+                 "{sample_tokens_per_second:,.0f} | {update_tokens_per_second:,.0f}".format(**metrics))
+            for sentence in doctor(metrics, cfg):
+                show(f"  doctor: {sentence}")
+        if cfg.sample_every and (step == 1 or step % cfg.sample_every == 0):
+            b = step % len(rollout.texts)
+            problem = batch[b // cfg.group_size]
+            shown = dict(step=step, question=problem.question, completion=rollout.texts[b], answer=problem.answer,
+                         accuracy=accuracy_reward(rollout.texts[b], problem))
+            self.append("samples.jsonl", shown)
+            show(f"  {problem.question} -> {rollout.texts[b]}  [{'right' if shown['accuracy'] else 'wrong'}]")
+
+    def log_evaluation(self, step: int, result: dict) -> bool:
+        """An evaluation: a line on screen and on disk; -> whether it is the best so far."""
+        self.append("evaluations.jsonl", {"step": step, **result})
+        show(f"held-out  step {step}: pass@1 {result['pass_at_1']:.3f}, maj@{result['k']} {result['maj_at_k']:.3f}, "
+             f"{result['mean_tokens']:.0f} tokens, reflection {result['reflection_rate']:.0%}")
+        best = result["pass_at_1"] > self.facts.get("best", {"pass_at_1": -1})["pass_at_1"]
+        if best:
+            self.facts["best"] = {"step": step, "pass_at_1": result["pass_at_1"]}
+        return best
+
+    def finish(self):
+        """summary.json, and on screen the table before/after and the curves."""
+        cfg, before, after = self.cfg, self.facts["before"], self.facts.get("after")
+        self.write("summary.json", dict(stage=cfg.stage, model=cfg.model, data=cfg.data, seed=cfg.seed,
+                                        seconds=self.seconds(), **self.facts))
+        def cell(value):
+            parts = value if isinstance(value, list) else [value]
+            return " - ".join(f"{part:.3f}" if isinstance(part, float) else str(part) for part in parts)
+        print(f"\n{'held-out problems':20}{'before':>16}" + (f"{'after':>16}" if after else ""))
+        for name in before:
+            print(f"{name:20}{cell(before[name]):>16}" + (f"{cell(after[name]):>16}" if after else ""))
+        for name in ("accuracy", "mean_tokens", "reflection", "entropy") if self.metrics else ():
+            values = [m[name] for m in self.metrics]
+            print(f"{name:12} {sparkline(values)} {values[0]:.2f} -> {values[-1]:.2f}")
+        print(f"wrote {self.path}/ in {self.seconds():.0f} seconds")
+
+    def save(self, model, tokenizer, state: dict):
+        """A checkpoint to resume from: written beside its place, flushed, renamed; the one before it stays until then."""
+        folder = self.path / "checkpoint" / f"step-{state['step']:06d}"
+        try:
+            save_model(model, tokenizer, folder, {**state, "seconds": self.seconds(), "facts": self.facts})
+        except Exception as error:  # OSError, or what safetensors and torch make of a full disk
+            shutil.rmtree(folder.with_name(f"writing-{folder.name}"), ignore_errors=True)
+            raise RunError(f"the checkpoint of step {state['step']} could not be saved ({str(error).splitlines()[0]}); "
+                           f"those before it are whole: free some space, then {self.resume_command()}") from None
+        for old in sorted(folder.parent.glob("step-*"))[:-2]:
+            shutil.rmtree(old)
+
+    def resume_command(self) -> str:
+        """What to type to go on."""
+        return f"python grpo.py --resume --output_dir {self.path}"
+
+    def load(self) -> tuple[Path | None, dict | None]:
+        """The newest checkpoint that is whole -> its folder and state; later lines of the logs are cut off."""
+        for folder in sorted((self.path / "checkpoint").glob("step-*"), reverse=True):
+            damaged = [name for name, digest in read_json(folder / "files.json", {"files.json": ""}).items()
+                       if not (folder / name).is_file() or file_digest(folder / name) != digest]
+            if not damaged:
+                state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+                self.elapsed, self.started = state["seconds"], time.perf_counter()
+                self.cut_logs(state["step"])
+                return folder, state
+            show(f"checkpoint {folder} is damaged ({', '.join(damaged)}); the one before it is used")
+        self.cut_logs(-1)  # nothing to go on from: the run begins again
+        return None, None
+
+    def cut_logs(self, step: int):
+        """Leave the lines of the logs that are not after `step`; a crash may have cut the last one short."""
+        for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl") if rank() == 0 else ():
+            path = self.path / name
+            lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+            rows = [row for line in lines if line.endswith("}") and (row := json.loads(line))["step"] <= step]
+            temporary = self.path / f"{name}.tmp"
+            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+            os.replace(temporary, path)
+            self.metrics = rows if name == "metrics.jsonl" else self.metrics
+
+
+def read_json(path: Path, default: dict) -> dict:
+    """A JSON file, or the default if there is none that can be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return default
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def save_model(model, tokenizer, folder: Path, state: dict | None = None):
+    """An ordinary transformers checkpoint, with `state` one to resume from; whole or not at all."""
+    temporary = folder.with_name(f"writing-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    if state:
+        torch.save(state, temporary / "state.pt")
+        digests = {path.name: file_digest(path) for path in temporary.iterdir()}
+        (temporary / "files.json").write_text(json.dumps(digests), encoding="utf-8")
+    for path in temporary.iterdir():
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def prepare(cfg: Config, run: Run):
+    """What every stage begins with, cheap checks first -> cfg, tokenizer, policy, problems, held_out, state."""
+    if cfg.data == "countdown" and is_tiny(cfg.model):
+        cfg = dataclasses.replace(cfg, data="calculator")  # its form in words that the embedded model knows
+    device, dtype = pick_device(cfg)
+    problems = load_problems(cfg.data, seed=cfg.seed, whole=cfg.eval_data is not None)
+    held_out = load_problems(cfg.eval_data or cfg.data, True, cfg.seed, cfg.eval_data is not None)[: cfg.eval_problems]
+    bad = check_references(problems + held_out)
+    if bad and not cfg.skip_bad_answers:
+        raise InputError(f"data: {len(bad)} reference answers do not verify against themselves, such as "
+                         + ", ".join(repr(problem.answer) for problem in bad[:3]) + "; mend them or --skip_bad_answers")
+    problems, held_out = ([p for p in part if p not in bad] for part in (problems, held_out))
+    folder, state = run.load() if cfg.resume else (None, None)
+    if state:
+        run.facts = state["facts"]
+    elif cfg.model == "tiny":
+        folder = Path("runs", f"base-seed{cfg.seed}")
+        started = time.perf_counter()
+        if rank() == 0:
+            build_base_model(folder, cfg.seed)
+        sum_over_ranks(torch.zeros(1, device=device))  # the others wait for it
+        run.facts["base_seconds"] = time.perf_counter() - started
+    path = str(folder or cfg.model)
+    tokenizer = load_tokenizer(path)
+    check_prompts(tokenizer, problems + held_out, cfg)
+    cfg = plan_memory(cfg, path, device, dtype)
+    policy, prompt = load_model(path, device, dtype), render_prompt(tokenizer, problems[0].question, cfg)
+    stops = {i: tokenizer.decode([i]) for i in sorted(stop_token_ids(policy, tokenizer))}
+    show(f"data      {cfg.data}: {len(problems):,} problems to train on, {len(held_out):,} held out")
+    show(f"prompt    {prompt!r}, its last ids {encode_prompt(tokenizer, prompt)[-5:]}; stop tokens {stops}")
+    return cfg, tokenizer, policy, problems, held_out, state
+
+
+def stage_zero(cfg: Config, run: Run):
+    """R1-Zero [R1 2.2]: reinforcement learning on a base model; no example of reasoning is ever shown to it."""
+    cfg, tokenizer, policy, problems, held_out, state = prepare(cfg, run)
+    if not state:
+        run.facts["before"] = evaluate(policy, tokenizer, held_out, cfg)
+        run.log_evaluation(0, run.facts["before"])
+    started = time.perf_counter() - run.facts.get("train_seconds", 0.0)
+    with tqdm(total=cfg.steps, initial=state["step"] if state else 0, desc="R1-Zero", disable=rank() > 0 or None) as bar:
+        def after_step(metrics, rollout, batch, get_state):
+            step = metrics["step"]
+            run.log_step(metrics, rollout, batch)
+            bar.update()
+            if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
+                result = evaluate(policy, tokenizer, held_out, cfg)
+                if run.log_evaluation(step, result) and rank() == 0:
+                    save_model(policy, tokenizer, run.path / "best")
+            stop = bool(sum_over_ranks(torch.tensor(float(run.stopped_by is not None), device=policy.device)))
+            run.facts["train_seconds"] = time.perf_counter() - started
+            if (stop or step % cfg.save_every == 0) and rank() == 0:
+                run.save(policy, tokenizer, get_state())
+            return stop
+        train_grpo(policy, tokenizer, problems, cfg, after_step, state)
+    if run.stopped_by:
+        raise SystemExit(128 + run.stopped_by)
+    run.facts["after"] = evaluate(policy, tokenizer, held_out, cfg)
+    if rank() == 0:
+        save_model(policy, tokenizer, run.path / "final")
+        run.finish()
+
+
+def stage_eval(cfg: Config, run: Run):
+    """Evaluation [R1 3] of any checkpoint on any data."""
+    cfg, tokenizer, model, _, held_out, _ = prepare(cfg, run)
+    run.facts["before"] = evaluate(model, tokenizer, held_out, cfg)
+    run.finish()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line -> exit status: 0, 1 (could not go on), 2 (bad input), 130 or 143 (stopped, can be resumed)."""
+    transformers.utils.logging.disable_progress_bar()  # one for every file that is read or written
+    try:
+        cfg = parse_args(sys.argv[1:] if argv is None else argv)
+        if "LOCAL_RANK" in os.environ and not dist.is_initialized():  # started by torchrun
+            dist.init_process_group("nccl" if torch.cuda.is_available() and cfg.device != "cpu" else "gloo")
+        if cfg.prompts_per_step % (dist.get_world_size() if dist.is_initialized() else 1):
+            raise InputError(f"prompts_per_step is {cfg.prompts_per_step}; the {dist.get_world_size()} processes must "
+                             f"get equal shares of it")
+        run = Run(cfg)
+
+        def stop(signum, _):
+            run.stopped_by = signum
+            signal.signal(signum, signal.SIG_DFL)  # a second one ends it at once
+            show(f"finishing this step, then saving; go on with: {run.resume_command()}")
+
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, stop)
+        {"zero": stage_zero, "eval": stage_eval}[cfg.stage](cfg, run)
+        return 0
+    except InputError as error:
+        print(f"grpo.py: error: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"grpo.py: stopped: {error}", file=sys.stderr)
+        return 1
+    except torch.cuda.OutOfMemoryError as error:
+        called = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+        phase = "sampling" if "sample_completions" in called else "the update" if "update_policy" in called else "loading"
+        knobs = ("max_rows or max_completion_tokens" if phase == "sampling" else
+                 "micro_batch_tokens or logits_chunk_tokens, or set kl_coef 0")
+        print(f"grpo.py: stopped: out of GPU memory in {phase}, at {torch.cuda.max_memory_allocated() / 1e9:.1f} GB; "
+              f"lower {knobs}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""How fast sampling and the update are on this machine, next to what else could be used.
+
+    python tests/benchmark.py                                  # CPU: the embedded shape; GPU: the 0.5B shape
+    python tests/benchmark.py --model runs/zero/final          # a checkpoint of the embedded model, real lengths
+    python tests/benchmark.py --shape 1.5B --rows 512 --compile
+
+Shapes have random weights: speed does not depend on them, and nothing is downloaded. Every figure is the median of
+`--repeats` runs after one that is not counted; tokens are those up to each completion's end token. The floor is the
+time to read the weights and the keys and values of a step once, at the bandwidth that a copy reaches here.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import grpo  # noqa: E402
+
+SHAPES = {  # hidden, FFN, layers, heads, key-value heads, vocabulary
+    "embedded": (64, 160, 2, 4, 4, 140),
+    "0.5B": (896, 4864, 24, 14, 2, 151_936),
+    "1.5B": (1536, 8960, 28, 12, 2, 151_936),
+    "3B": (2048, 11_008, 36, 16, 2, 151_936),
+}
+
+
+class Numbers:
+    """A tokenizer whose texts are numbers, for models that know no words."""
+
+    bos_token = chat_template = None
+    eos_token_id = pad_token_id = 1
+    all_special_ids = [1]
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [int(word) for word in text.split()]}
+
+    def decode(self, ids, **_):
+        return " ".join(map(str, ids))
+
+
+def random_model(shape: str, device, dtype):
+    """A Qwen2 of this shape that never ends by itself: its end token is one that is hardly ever drawn."""
+    hidden, ffn, layers, heads, kv_heads, vocab = SHAPES[shape]
+    config = Qwen2Config(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=1, pad_token_id=1, max_position_embeddings=4096)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="grouped")
+    return model.eval()
+
+
+def timed(function, repeats: int, device) -> tuple[float, float, object]:
+    """Median seconds, peak GB of device memory, and the last result."""
+    seconds, result = [], None
+    for repeat in range(repeats + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        result = function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if repeat:
+            seconds.append(time.perf_counter() - started)
+    peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else float("nan")
+    return statistics.median(seconds), peak, result
+
+
+def row(name: str, tokens: float, seconds: float, peak: float, base: float | None = None):
+    """A line of the table."""
+    against = f"{tokens / seconds / base:6.2f} x" if base else ""
+    print(f"{name:54}{tokens / seconds:>12,.0f}{seconds:>10.2f}{peak:>9.2f}  {against}", flush=True)
+    return tokens / seconds
+
+
+def generate(model, tokenizer, prompts, args, cache):
+    """`model.generate` on the same prompts, left-padded, with the same temperature and limit -> tokens produced."""
+    encoded = [grpo.encode_prompt(tokenizer, prompt) for prompt in prompts for _ in range(args.group_size)]
+    width = max(map(len, encoded))
+    ids = torch.tensor([[0] * (width - len(e)) + e for e in encoded], device=model.device)
+    mask = torch.tensor([[0] * (width - len(e)) + [1] * len(e) for e in encoded], device=model.device)
+    stops = sorted(grpo.stop_token_ids(model, tokenizer))
+    out = model.generate(ids, attention_mask=mask, generation_config=GenerationConfig(
+        do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=args.completion, eos_token_id=stops,
+        pad_token_id=stops[0], cache_implementation=cache))[:, width:]
+    ended = torch.isin(out, torch.tensor(stops, device=out.device))
+    return int(torch.where(ended.any(1), ended.int().argmax(1) + 1, out.shape[1]).sum())
+
+
+def full_logprobs(model, rollout, temperature, *_):
+    """`token_logprobs` as it is usually written, with all logits at once: the yardstick of the chunks."""
+    logits = model(input_ids=rollout.ids, use_cache=False).logits.float() / temperature
+    logprobs = logits[:, :-1].log_softmax(-1).gather(2, rollout.ids[:, 1:, None])[..., 0]
+    mask = rollout.completion_mask
+    r, t = mask.nonzero(as_tuple=True)
+    picked = logprobs[r, rollout.prompt_tokens[r] + t - 1]
+    return torch.zeros(mask.shape, device=mask.device).index_put((r, t), picked), torch.zeros(1)
+
+
+def trl_step(args, model_path: str):
+    """Seconds and tokens of a step of TRL's GRPOTrainer on the same shape, or None where trl is not installed."""
+    try:
+        from datasets import Dataset
+        from trl import GRPOConfig, GRPOTrainer
+    except ImportError:
+        return None
+    seconds = []
+    config = GRPOConfig(
+        output_dir="/tmp/trl", max_steps=args.repeats + 1, num_generations=args.group_size, beta=0.001,
+        per_device_train_batch_size=min(args.rows, 32), gradient_accumulation_steps=max(1, args.rows // 32),
+        max_completion_length=args.completion, temperature=1.0, gradient_checkpointing=True, report_to=[],
+        bf16=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(), logging_steps=1)
+    started = [time.perf_counter()]
+
+    def reward(completions, **_):
+        seconds.append(time.perf_counter() - started[0])
+        started[0] = time.perf_counter()
+        return [float(len(completion) % 2) for completion in completions]
+
+    data = Dataset.from_dict({"prompt": ["a question of some length " * 8] * 4096})
+    GRPOTrainer(model=model_path, reward_funcs=reward, args=config, train_dataset=data).train()
+    return statistics.median(seconds[1:])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--shape", choices=SHAPES, default="0.5B" if gpu else "embedded")
+    parser.add_argument("--model", help="a checkpoint folder instead of a shape")
+    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--group_size", type=int, default=16)
+    parser.add_argument("--prompt", type=int, default=128 if gpu else 8, help="tokens")
+    parser.add_argument("--completion", type=int, default=512 if gpu else 160, help="tokens")
+    parser.add_argument("--micro_batch_tokens", type=int, default=20_480)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--trl_model", help="checkpoint folder for a step of TRL's GRPOTrainer, if trl is installed")
+    args = parser.parse_args()
+    device = torch.device("cuda" if gpu else "cpu")
+    dtype = torch.bfloat16 if gpu else torch.float32
+    torch.manual_seed(0)
+
+    count = args.rows // args.group_size
+    if args.model:
+        tokenizer, model = grpo.load_tokenizer(args.model), grpo.load_model(args.model, device, dtype)
+        questions = [problem.question for problem in grpo.load_problems("calculator")[:count]]
+        prompts = [grpo.TINY["template"].replace("{question}", question) for question in questions]
+    else:
+        tokenizer, model = Numbers(), random_model(args.shape, device, dtype)
+        ids = torch.randint(2, min(100, SHAPES[args.shape][-1]), (count, args.prompt)).tolist()
+        prompts = [" ".join(map(str, row)) for row in ids]
+    parameters = model.num_parameters()
+    print(f"{torch.cuda.get_device_name() if gpu else f'CPU, {torch.get_num_threads()} threads'}, torch "
+          f"{torch.__version__}, {args.model or args.shape}: {parameters:,} weights, {dtype}; {args.rows} rows, "
+          f"{args.prompt} + {args.completion} tokens, {args.repeats} runs")
+    print(f"{'':54}{'tokens/s':>12}{'seconds':>10}{'peak GB':>9}")
+
+    def sample(compile=False, seed=0):
+        return grpo.sample_completions(model, tokenizer, prompts, group_size=args.group_size, seed=seed,
+                                       max_completion_tokens=args.completion, compile=compile)
+
+    base = None
+    for name, cache in (("model.generate, dynamic cache", "dynamic"), ("model.generate, static cache", "static")):
+        if cache == "static" and not gpu:
+            continue  # it compiles for minutes before it is any faster
+        model.set_attn_implementation("sdpa")
+        seconds, peak, tokens = timed(lambda: generate(model, tokenizer, prompts, args, cache), args.repeats, device)
+        base = base or tokens / seconds
+        row(name, tokens, seconds, peak, base)
+    model.set_attn_implementation("grouped")
+    sample_seconds = {}
+    for compile in (False, True) if args.compile else (False,):
+        model.grpo_decoder = None
+        seconds, peak, rollout = timed(lambda: sample(compile), args.repeats, device)
+        sample_seconds[compile] = seconds
+        row("sample_completions" + ", compiled" * compile, int(rollout.completion_tokens.sum()), seconds, peak, base)
+    steps = int(rollout.completion_tokens.max())
+    source = torch.empty(256 * 2**20 if gpu else 64 * 2**20, dtype=torch.uint8, device=device)
+    copy_seconds, _, _ = timed(source.clone, 10, device)
+    bandwidth = 2 * source.numel() / copy_seconds
+    width = (rollout.prompt_tokens + rollout.completion_tokens).float().mean() * dtype.itemsize
+    cache_bytes = sum(2 * args.rows * width * model.config.num_key_value_heads * grpo.head_size(model.config)
+                      for _ in model.base_model.layers) / 2  # half full on average
+    floor = steps * float(parameters * dtype.itemsize + cache_bytes) / bandwidth
+    row(f"floor: weights, keys and values at {bandwidth / 1e9:,.0f} GB/s", int(rollout.completion_tokens.sum()),
+        floor, float("nan"), base)
+    model.grpo_decoder = None
+
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = grpo.MasterAdamW(model, 1e-9)
+    rollout.old_logprobs, rollout.advantages = rollout.sample_logprobs, torch.randn(args.rows, device=device)
+    all_tokens = int((rollout.prompt_tokens + rollout.completion_tokens).sum())
+    chunked = grpo.token_logprobs
+    for name, logprobs, micro in (("update, log-probabilities in chunks", chunked, args.micro_batch_tokens),
+                                  ("update, all logits at once", full_logprobs, args.micro_batch_tokens),
+                                  ("update, all logits, an eighth of the micro-batch", full_logprobs,
+                                   args.micro_batch_tokens // 8)):
+        grpo.token_logprobs = logprobs
+        cfg = grpo.make_config("none", micro_batch_tokens=micro, kl_coef=0.0)
+        try:
+            seconds, peak, _ = timed(lambda: grpo.update_policy(model, optimizer, rollout, cfg, 1e-9), args.repeats, device)
+        except torch.cuda.OutOfMemoryError:
+            print(f"{name:54}{'out of memory':>12}")
+            continue
+        if logprobs is chunked:
+            update_seconds = seconds
+        row(name, all_tokens, seconds, peak)
+    grpo.token_logprobs = chunked
+    whole = min(sample_seconds.values()) + update_seconds
+    row("a GRPO step: sampling and one pass of updates", all_tokens, whole, float("nan"))
+    if args.trl_model and (seconds := trl_step(args, args.trl_model)):
+        row("a step of TRL's GRPOTrainer", all_tokens, seconds, float("nan"))
+
+
+if __name__ == "__main__":
+    main()
