@@ -46,12 +46,14 @@ import re
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 import unicodedata
+import urllib.parse
 from collections import Counter
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -227,7 +229,7 @@ def parse_args(argv: list[str]) -> Config:
         first.add_argument(f"--{name}", default=getattr(Config, name))
     first.add_argument("--resume", nargs="?", const=True)
     known, _ = first.parse_known_args(argv)
-    saved = read_json(run_folder(known) / "config.json", {}) if known.resume else {}
+    saved = read_json(run_folder(known) / "config.json") if known.resume else None
     parser.set_defaults(**(saved or (TINY if is_tiny(known.model) else {})))
     cfg, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
     return refuse(f"{unknown[0]} is not a setting") if unknown else cfg
@@ -238,7 +240,8 @@ def parse_args(argv: list[str]) -> Config:
 # ------------------------------------------------------------------------------------------------------------
 
 GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/{split}.jsonl"
-MATH500 = "https://huggingface.co/datasets/HuggingFaceH4/MATH-500/resolve/main/test.jsonl"
+HUB = "https://huggingface.co"
+MATH500 = f"{HUB}/datasets/HuggingFaceH4/MATH-500/resolve/main/test.jsonl"
 
 
 @dataclass(frozen=True)
@@ -1824,12 +1827,12 @@ def score_logprobs(model, rollout: Rollout, cfg: Config) -> torch.Tensor:
     return logprobs
 
 
-def update_policy(policy, optimizer: MasterAdamW, rollout: Rollout, cfg: Config, learning_rate: float) -> Counter:
+def update_policy(policy, optimizer: MasterAdamW, rollout: Rollout, cfg: Config, learning_rate: float) -> dict:
     """One optimizer step on these completions -> sums over their tokens; loss; the gradient's norm."""
     policy.train()
     in_loss = rollout.completion_mask & ~(rollout.truncated[:, None] & cfg.mask_truncated)
     weights = loss_weights(in_loss, cfg.loss_average, cfg.max_completion_tokens)
-    sums = Counter()
+    sums: dict[str, float] = {}
     for rows in micro_batches(rollout, cfg.micro_batch_tokens):
         part = rollout.select(rows)
         width = part.sample_logprobs.shape[1]
@@ -1839,10 +1842,10 @@ def update_policy(policy, optimizer: MasterAdamW, rollout: Rollout, cfg: Config,
             weights[rows, :width], clip_eps=cfg.clip_eps, clip_eps_high=cfg.clip_eps_high, kl_coef=cfg.kl_coef)
         loss.backward()
         optimizer.accumulate()
-        moved = (logprobs.detach() - part.old_logprobs).abs().sum()
-        sums.update(stats)
-        sums.update(loss=loss.item(), entropy=float(entropy.sum()), moved=float(moved),
-                    all_tokens=int(part.completion_tokens.sum()))
+        moved = (logprobs.detach() - part.old_logprobs).abs()[part.completion_mask].sum()
+        stats.update(loss=loss.item(), entropy=entropy.sum().item(), moved=moved.item(),
+                     all_tokens=int(part.completion_tokens.sum()))
+        sums = {name: sums.get(name, 0.0) + value for name, value in stats.items()}
     sums["grad_norm"] = optimizer.step(learning_rate, cfg.max_grad_norm)
     return sums
 
@@ -1914,7 +1917,8 @@ def train_grpo(policy, tokenizer, problems: list[Problem], cfg: Config, after_st
 
 def step_metrics(step, rollout, rewards, parts, outcomes, updates, sample_seconds, update_seconds) -> dict:
     """A step in numbers; the README's glossary explains each."""
-    total, tokens = sum(updates, Counter()), int(rollout.completion_tokens.sum())
+    total = {name: sum(update[name] for update in updates) for name in updates[0]}
+    tokens = int(rollout.completion_tokens.sum())
     in_loss, all_tokens = max(1, total["tokens"]), max(1, total["all_tokens"])
     return dict(
         step=step, reward=float(rewards.mean()), **{name: mean(part) for name, part in parts.items()},
@@ -1979,8 +1983,63 @@ def evaluate(model, tokenizer, problems: list[Problem], cfg: Config) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Stages
+# ------------------------------------------------------------------------------------------------------------
+
+
+def stage_zero(cfg: Config, run: "Run"):
+    """R1-Zero [R1 2.2]: reinforcement learning on a base model that is never shown an example of reasoning."""
+    cfg, tokenizer, policy, problems, held_out, state = prepare(cfg, run)
+    if not state:
+        run.facts["before"] = evaluate(policy, tokenizer, held_out, cfg)
+        run.log_evaluation(0, run.facts["before"])
+    began = time.perf_counter() - run.facts.get("train_seconds", 0.0)
+    bar = tqdm(total=cfg.steps, initial=state["step"] if state else 0, desc="R1-Zero", disable=rank() > 0 or None)
+
+    def after_step(metrics, rollout, batch, get_state):
+        step = metrics["step"]
+        run.log_step(metrics, rollout, batch)
+        bar.update()
+        if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
+            if run.log_evaluation(step, evaluate(policy, tokenizer, held_out, cfg)) and rank() == 0:
+                save_model(policy, tokenizer, run.path / "best")
+        stop = bool(sum_over_ranks(torch.tensor(float(run.stopped_by > 0), device=policy.device)))
+        run.facts["train_seconds"] = time.perf_counter() - began
+        if (stop or step % cfg.save_every == 0) and rank() == 0:
+            run.save(policy, tokenizer, get_state())
+        return stop
+
+    train_grpo(policy, tokenizer, problems, cfg, after_step, state)
+    bar.close()
+    if run.stopped_by:
+        sys.exit(128 + run.stopped_by)
+    run.facts["after"] = evaluate(policy, tokenizer, held_out, cfg)
+    if rank() == 0:
+        save_model(policy, tokenizer, run.path / "final")
+        run.finish()
+
+
+def stage_eval(cfg: Config, run: "Run"):
+    """Evaluation [R1 3] of any checkpoint on any data; a file is taken whole."""
+    cfg, tokenizer, model, _, held_out, _ = prepare(cfg, run)
+    run.facts["before"] = evaluate(model, tokenizer, held_out, cfg)
+    run.finish()
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Checkpoints, log, main
 # ------------------------------------------------------------------------------------------------------------
+
+
+def rank() -> int:
+    """Number of this process among those that train together; 0 alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def show(text: str):
+    """A line on screen, from one process, that breaks no progress bar."""
+    if rank() == 0:
+        tqdm.write(text)
 
 
 def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype]:
@@ -1992,26 +2051,44 @@ def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype]:
         device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
     except RuntimeError:
         raise InputError(f"device is {cfg.device!r}; it must be auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return device, getattr(torch, cfg.dtype) if cfg.dtype != "auto" else torch.bfloat16 if has_bf16 else torch.float32
+    auto = torch.bfloat16 if has_bf16 else torch.float32
+    return device, auto if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
+
+
+@functools.lru_cache
+def hub_is_reachable() -> bool:
+    """Whether the Hugging Face hub answers; transformers by itself would try again for the better part of a minute."""
+    try:
+        socket.create_connection((urllib.parse.urlparse(os.environ.get("HF_ENDPOINT", HUB)).hostname, 443), 3).close()
+        return True
+    except OSError:
+        return False
+
+
+def load_pretrained(kind, path: str, **settings):
+    """kind.from_pretrained of a folder or a name on the hub; without network, only of what is in the cache."""
+    return kind.from_pretrained(path, local_files_only=Path(path).exists() or not hub_is_reachable(), **settings)
 
 
 def load_tokenizer(path: str):
     """The tokenizer of a checkpoint folder or hub name."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = load_pretrained(AutoTokenizer, path)
     except (OSError, ValueError) as error:
-        raise InputError(f"model {path!r}: no tokenizer there ({str(error).splitlines()[0]}); give the folder of a "
-                         f"checkpoint, or with network a name on the hub") from None
+        raise InputError(f"model {path!r}: no tokenizer there ({str(error).splitlines()[0]}); give the folder of "
+                         f"a checkpoint or, with network, a name on the hub") from None
     if tokenizer.eos_token_id is None:
-        raise InputError(f"model {path!r}: its tokenizer has no end token, so no completion could end; set eos_token")
+        raise InputError(f"model {path!r}: its tokenizer has no end token, so nothing could end; set eos_token")
     return tokenizer
 
 
 def load_model(path: str, device, dtype):
-    """Any causal language model of transformers whose attention and logits this file can reproduce: it is checked."""
+    """A causal language model of transformers; refused where this file would not compute what it computes."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="grouped").to(device)
+        model = load_pretrained(AutoModelForCausalLM, path, dtype=dtype, attn_implementation="grouped").to(device)
     except (OSError, ValueError) as error:
         raise InputError(f"model {path!r} cannot be loaded: {str(error).splitlines()[0]}") from None
     for module in model.modules():
@@ -2019,35 +2096,28 @@ def load_model(path: str, device, dtype):
             module.p = 0.0  # sampling has none, and the ratio compares like with like
     ids = torch.arange(8, device=device)[None]
     with torch.no_grad():
-        ours = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        ours = model.get_output_embeddings()(hidden).float()
         model.set_attn_implementation("eager")
-        plain = model(input_ids=ids, use_cache=False).logits
+        plain = model(input_ids=ids, use_cache=False).logits.float()
         model.set_attn_implementation("grouped")
-    if not torch.allclose(ours.float(), plain.float(), atol=1e-3 if dtype == torch.float32 else 0.5, rtol=0.05):
-        raise InputError(f"model {path!r}: a {model.config.model_type} does something between hidden states and logits, "
-                         f"or in its attention, that this file does not; take a Qwen2, Qwen3 or Llama checkpoint")
+    close = torch.allclose(ours, plain, atol=1e-3 if dtype == torch.float32 else 0.5, rtol=0.05)
+    if not close or "sliding_attention" in (getattr(model.config, "layer_types", None) or ()):
+        raise InputError(f"model {path!r}: {model.config.model_type} has an attention or an output layer that this "
+                         f"file does not know; take a Qwen2, Qwen3 or Llama checkpoint")
     return model
 
 
-def check_prompts(tokenizer, problems: list[Problem], cfg: Config):
-    """Refuse questions whose prompt is too long."""
-    for problem in problems:
-        tokens = len(encode_prompt(tokenizer, render_prompt(tokenizer, problem.question, cfg)))
-        if tokens > cfg.max_prompt_tokens:
-            raise InputError(f"a question makes a prompt of {tokens} tokens, above max_prompt_tokens "
-                             f"{cfg.max_prompt_tokens}; raise that, or leave out {problem.question[:50]!r}")
-
-
 def memory_estimate(model_config, parameters: int, cfg: Config, dtype: torch.dtype) -> dict[str, float]:
-    """GB by use on the device, and `row`: those of one completion while it is sampled."""
+    """GB by use on the device; `row` is one completion while it is sampled."""
     size, hidden, layers = dtype.itemsize, model_config.hidden_size, model_config.num_hidden_layers
-    kept = layers * (1 if cfg.gradient_checkpointing else 16)  # hidden states kept a token, roughly
-    in_layer = 16 * hidden + 3 * model_config.intermediate_size  # of the one layer being recomputed
+    kept = layers * (1 if cfg.gradient_checkpointing else 16)  # hidden states a token, roughly
+    in_layer = 16 * hidden + 3 * model_config.intermediate_size  # of the layer that is being recomputed
     heads = model_config.num_key_value_heads * head_size(model_config)
     length = cfg.max_prompt_tokens + cfg.max_completion_tokens
     use = dict(
         weights=size * parameters, masters=4 * parameters * (size < 4), moments=8 * parameters,
-        gradients=4 * parameters, reference=size * parameters * (cfg.kl_coef > 0),
+        gradients=(4 + size * (size < 4)) * parameters, reference=size * parameters * (cfg.kl_coef > 0),
         activations=size * cfg.micro_batch_tokens * (kept * hidden + in_layer),
         logits=16 * cfg.logits_chunk_tokens * model_config.vocab_size,  # float32, four at a time
         row=2 * size * layers * heads * length + 24 * model_config.vocab_size)
@@ -2055,37 +2125,70 @@ def memory_estimate(model_config, parameters: int, cfg: Config, dtype: torch.dty
 
 
 def plan_memory(cfg: Config, path: str, device, dtype) -> Config:
-    """Before a model is loaded: print what it will need; -> cfg with `max_rows` set to what fits on a GPU."""
-    model_config = AutoConfig.from_pretrained(path)
+    """Before a model is loaded: what it will need, on screen -> cfg with the `max_rows` that fit on a GPU."""
+    model_config = load_pretrained(AutoConfig, path)
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(model_config).num_parameters()
     show(f"device    {device}, {str(dtype).removeprefix('torch.')}")
     show(f"model     {path}: {model_config.model_type}, {parameters:,} weights")
     if device.type != "cuda":
         return cfg
-    use, free = memory_estimate(model_config, parameters, cfg, dtype), torch.cuda.mem_get_info(device)[0] / 1e9
-    row, fixed = use.pop("row"), sum(use.values())
-    fit, wanted = int((0.95 * free - fixed) / row), cfg.prompts_per_step * cfg.group_size
+    use = memory_estimate(model_config, parameters, cfg, dtype)
+    free, row = torch.cuda.mem_get_info(device)[0] / 1e9, use.pop("row")
+    fixed = sum(use.values())
+    fit = int((0.95 * free - fixed) / row)
     if fit < max(cfg.group_size, cfg.eval_samples):
         raise InputError(
             f"memory: {fixed:.1f} GB and {row:.2f} GB a completion are needed, {free:.1f} GB are free; lower "
-            f"micro_batch_tokens ({cfg.micro_batch_tokens}), max_completion_tokens ({cfg.max_completion_tokens}) or "
-            f"group_size ({cfg.group_size}), set kl_coef 0, or take a smaller model")
-    rows = min(cfg.max_rows or wanted, fit)
+            f"micro_batch_tokens ({cfg.micro_batch_tokens}), max_completion_tokens ({cfg.max_completion_tokens}) "
+            f"or group_size ({cfg.group_size}), set kl_coef 0, or take a smaller model")
+    rows = min(cfg.max_rows or cfg.prompts_per_step * cfg.group_size, fit)
     show("memory    " + ", ".join(f"{name} {gb:.1f}" for name, gb in use.items())
          + f", {rows} rows {rows * row:.1f}: {fixed + rows * row:.1f} of {free:.1f} GB free")
     return dataclasses.replace(cfg, max_rows=rows)
 
 
-def rank() -> int:
-    """Number of this process among those that train together; 0 alone."""
-    return dist.get_rank() if dist.is_initialized() else 0
+def check_data(problems: list[Problem], tokenizer, cfg: Config) -> list[Problem]:
+    """Refuse prompts that are too long and references that no answer could match, or leave the latter out."""
+    bad = check_references(problems)
+    if bad and not cfg.skip_bad_answers:
+        raise InputError(f"data: {len(bad)} reference answers do not verify against themselves, such as "
+                         f"{', '.join(repr(p.answer) for p in bad[:3])}; mend them or set --skip_bad_answers")
+    for problem in problems:
+        tokens = len(encode_prompt(tokenizer, render_prompt(tokenizer, problem.question, cfg)))
+        if tokens > cfg.max_prompt_tokens:
+            raise InputError(f"a question makes a prompt of {tokens} tokens, above max_prompt_tokens "
+                             f"{cfg.max_prompt_tokens}; raise that, or leave out {problem.question[:50]!r}")
+    bad = {id(problem) for problem in bad}
+    return [problem for problem in problems if id(problem) not in bad]
 
 
-def show(text: str):
-    """A line on screen, from one process, without breaking a progress bar."""
-    if rank() == 0:
-        tqdm.write(text)
+def prepare(cfg: Config, run: "Run"):
+    """How every stage begins, cheap checks first -> cfg, tokenizer, policy, problems, held_out, state."""
+    if cfg.data == "countdown" and is_tiny(cfg.model):
+        cfg = dataclasses.replace(cfg, data="calculator")  # Countdown in the words that the embedded model knows
+    device, dtype = pick_device(cfg)
+    whole = cfg.eval_data is not None or cfg.stage == "eval"
+    problems = load_problems(cfg.data, False, cfg.seed, whole)
+    held_out = load_problems(cfg.eval_data or cfg.data, True, cfg.seed, whole)[: cfg.eval_problems]
+    folder, state = run.load() if cfg.resume else (None, None)
+    if state:
+        run.facts = state["facts"]
+    elif cfg.model == "tiny":
+        folder, began = Path("runs", f"base-seed{cfg.seed}"), time.perf_counter()
+        if rank() == 0:
+            build_base_model(folder, cfg.seed)
+        sum_over_ranks(torch.zeros(1, device=device))  # the other processes wait for it here
+        run.facts["base_seconds"] = time.perf_counter() - began
+    path = str(folder or cfg.model)
+    tokenizer = load_tokenizer(path)
+    problems, held_out = (check_data(part, tokenizer, cfg) for part in (problems, held_out))
+    cfg = plan_memory(cfg, path, device, dtype)
+    policy, prompt = load_model(path, device, dtype), render_prompt(tokenizer, problems[0].question, cfg)
+    stops = {i: tokenizer.decode([i]) for i in sorted(stop_token_ids(policy, tokenizer))}
+    show(f"data      {cfg.data}: {len(problems):,} problems to train on, {len(held_out):,} to evaluate on")
+    show(f"prompt    {prompt!r}, its last ids {encode_prompt(tokenizer, prompt)[-5:]}; stop tokens {stops}")
+    return cfg, tokenizer, policy, problems, held_out, state
 
 
 def sparkline(values: list[float], width: int = 50) -> str:
@@ -2108,179 +2211,168 @@ def doctor(m: dict, cfg: Config) -> list[str]:
         (m["clip_fraction"] > 0.3, f"the clip stops {m['clip_fraction']:.0%} of tokens: lower learning_rate"),
         (m["kl"] > 1, f"a KL of {m['kl']:.1f} nats a token from the reference: lower learning_rate"),
         (m["entropy"] < 0.02, f"an entropy of {m['entropy']:.3f} nats: completions hardly differ any more"),
-        (m["moved"] > 0.1, f"log-probabilities are {m['moved']:.2f} nats from those at sampling before any update"),
+        (m["moved"] > 0.1, f"log-probabilities {m['moved']:.2f} nats from those at sampling before any update"),
         (not math.isfinite(m["grad_norm"]), "the gradient is not finite: this update was left out"),
         (unjudged > 0, f"{unjudged} answers could not be judged (time-out or error)"))
     return [sentence for holds, sentence in findings if holds]
 
 
 MAY_CHANGE = ("steps", "save_every", "log_every", "sample_every")  # between a run and its resumption
+STEP_LINE = ("step {step:4d}  reward {reward:.2f}  accuracy {accuracy:.2f}  format {format:.2f}  tokens "
+             "{mean_tokens:5.1f}  cut {truncated:.0%}  dead {dead_groups:.0%}  reflect {reflection:.0%}  kl {kl:.4f}"
+             "  clip {clip_fraction:.1%}  grad {grad_norm:.2f}  entropy {entropy:.2f}  tokens/s "
+             "{sample_tokens_per_second:,.0f} | {update_tokens_per_second:,.0f}")
 
 
 def run_folder(cfg) -> Path:
-    """output_dir, or by default the next of runs/STAGE, runs/STAGE-2, ... that is free; to resume, the last taken."""
+    """output_dir; else the first free of runs/STAGE, runs/STAGE-2, …, or to resume, the last that is taken."""
+    names = (Path("runs", cfg.stage if n == 1 else f"{cfg.stage}-{n}") for n in itertools.count(1))
     if cfg.output_dir:
         return Path(cfg.output_dir)
-    names = (Path("runs", cfg.stage if n == 1 else f"{cfg.stage}-{n}") for n in itertools.count(1))
     taken = list(itertools.takewhile(Path.exists, names))
-    free = Path("runs", f"{cfg.stage}-{len(taken) + 1}" if taken else cfg.stage)
-    return taken[-1] if cfg.resume and taken else free
+    return taken[-1] if cfg.resume and taken else Path("runs", f"{cfg.stage}-{len(taken) + 1}".removesuffix("-1"))
 
 
 class Run:
-    """The folder of a run and its lines on screen.
+    """The folder of a run, and its lines on screen.
 
-    config.json, metrics.jsonl (a step a line), evaluations.jsonl, samples.jsonl, summary.json, checkpoint/ (to
-    resume from), best/ and final/ (ordinary transformers checkpoints).
+    config.json; metrics.jsonl, a step a line; evaluations.jsonl; samples.jsonl; summary.json; checkpoint/, to
+    resume from; best/ and final/, ordinary transformers checkpoints.
     """
 
     def __init__(self, cfg: Config):
-        self.path = run_folder(cfg)
-        self.cfg, self.elapsed, self.stopped_by = cfg, 0.0, None
+        self.cfg, self.path, self.elapsed, self.stopped_by = cfg, run_folder(cfg), 0.0, 0
         self.metrics, self.facts = [], {}  # what metrics.jsonl and summary.json hold
         settings = dataclasses.asdict(dataclasses.replace(cfg, resume=False, output_dir=None))
-        if cfg.resume:
-            self.check_config(settings)
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        saved = read_json(self.path / "config.json")
+        changed = [name for name in settings if name not in MAY_CHANGE and settings[name] != (saved or {}).get(name)]
+        if cfg.resume and not saved:
+            raise InputError(f"output_dir {str(self.path)!r} holds no run to resume")
+        if cfg.resume and changed:
+            differ = ", ".join(f"{name} was {saved.get(name)!r}, is {settings[name]!r}" for name in changed)
+            raise InputError(f"resume: {differ}; leave these as they were, or start a new run")
+        if not cfg.resume and self.path.exists() and (self.path.is_file() or any(self.path.iterdir())):
             raise InputError(f"output_dir {str(self.path)!r} already holds a run or other files; go on with it by "
                              f"--resume, or name another folder")
         self.started = time.perf_counter()
-        if rank() == 0:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                self.write("config.json", settings)
-            except OSError as error:
-                raise InputError(f"output_dir {str(self.path)!r} cannot be written: {error.strerror}") from None
-
-    def check_config(self, settings: dict):
-        """Refuse to resume under other settings than the run was started with."""
         try:
-            saved = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise InputError(f"output_dir {str(self.path)!r} holds no run to resume") from None
-        changed = [name for name in settings if name not in MAY_CHANGE and settings[name] != saved.get(name)]
-        if changed:
-            raise InputError("resume: " + ", ".join(f"{n} was {saved.get(n)!r}, is {settings[n]!r}" for n in changed)
-                             + "; leave these as they were, or start a new run")
-
-    def write(self, name: str, value: dict):
-        """A JSON file, whole or not at all."""
-        temporary = self.path / f"{name}.tmp"
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path / name)
-
-    def append(self, name: str, value: dict):
-        """One more line of a JSON-lines file."""
-        if rank() == 0:
-            with open(self.path / name, "a", encoding="utf-8") as file:
-                file.write(json.dumps(value, ensure_ascii=False) + "\n")
+            if rank() == 0:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.write("config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise InputError(f"output_dir {str(self.path)!r} cannot be written: {error.strerror}") from None
 
     def seconds(self) -> float:
-        """Since the run began, the time between an interruption and its resumption not counted."""
+        """Since the run began, without the time between an interruption and its resumption."""
         return self.elapsed + time.perf_counter() - self.started
 
+    def write(self, name: str, text: str):
+        """A text file, whole or not at all."""
+        temporary = self.path / f"{name}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, self.path / name)
+
+    def append(self, name: str, row: dict):
+        """One more line of a log; a number that is not finite becomes null, as JSON has none."""
+        if rank() == 0:
+            row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            with open(self.path / name, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
     def log_step(self, metrics: dict, rollout: Rollout, batch: list[Problem]):
-        """One step: the files and, every so often, a line, the doctor's word and a completion in full."""
+        """A step: its line in the log and, every so often, on screen, with the doctor's word and a completion."""
         cfg, step = self.cfg, metrics["step"]
-        self.metrics.append(dict(step=step, seconds=self.seconds(), **{k: v for k, v in metrics.items() if k != "step"}))
-        self.append("metrics.jsonl", {k: None if isinstance(v, float) and not math.isfinite(v) else v
-                                      for k, v in self.metrics[-1].items()})
+        self.metrics.append({**metrics, "seconds": self.seconds()})
+        self.append("metrics.jsonl", self.metrics[-1])
         if not math.isfinite(metrics["grad_norm"]):
             torch.save(vars(rollout), self.path / f"not_finite_step_{step}_rank_{rank()}.pt")
         if step % cfg.log_every == 0:
-            show("step {step:4d}  reward {reward:.2f}  accuracy {accuracy:.2f}  format {format:.2f}  tokens {mean_tokens:5.1f}"
-                 "  cut {truncated:.0%}  dead {dead_groups:.0%}  reflect {reflection:.0%}  kl {kl:.4f}  "
-                 "clip {clip_fraction:.1%}  grad {grad_norm:.2f}  entropy {entropy:.2f}  tokens/s "
-                 "{sample_tokens_per_second:,.0f} | {update_tokens_per_second:,.0f}".format(**metrics))
-            for sentence in doctor(metrics, cfg):
-                show(f"  doctor: {sentence}")
+            show("\n  doctor: ".join([STEP_LINE.format(**metrics), *doctor(metrics, cfg)]))
         if cfg.sample_every and (step == 1 or step % cfg.sample_every == 0):
-            b = step % len(rollout.texts)
-            problem = batch[b // cfg.group_size]
-            shown = dict(step=step, question=problem.question, completion=rollout.texts[b], answer=problem.answer,
-                         accuracy=accuracy_reward(rollout.texts[b], problem))
-            self.append("samples.jsonl", shown)
-            show(f"  {problem.question} -> {rollout.texts[b]}  [{'right' if shown['accuracy'] else 'wrong'}]")
+            row = step % len(rollout.texts)
+            problem, text = batch[row // cfg.group_size], rollout.texts[row]
+            outcome = grade(text, problem)
+            self.append("samples.jsonl", dict(step=step, question=problem.question, answer=problem.answer,
+                                              completion=text, outcome=outcome))
+            show(f"  {problem.question} -> {text}  [{outcome}]")
 
     def log_evaluation(self, step: int, result: dict) -> bool:
-        """An evaluation: a line on screen and on disk; -> whether it is the best so far."""
+        """An evaluation, on disk and on screen -> whether it is the best so far."""
         self.append("evaluations.jsonl", {"step": step, **result})
-        show(f"held-out  step {step}: pass@1 {result['pass_at_1']:.3f}, maj@{result['k']} {result['maj_at_k']:.3f}, "
-             f"{result['mean_tokens']:.0f} tokens, reflection {result['reflection_rate']:.0%}")
-        best = result["pass_at_1"] > self.facts.get("best", {"pass_at_1": -1})["pass_at_1"]
+        show(f"held-out  step {step}: pass@1 {result['pass_at_1']:.3f}, maj@{result['k']} "
+             f"{result['maj_at_k']:.3f}, {result['mean_tokens']:.0f} tokens, {result['reflection_rate']:.0%} reflect")
+        best = result["pass_at_1"] > self.facts.get("best", {"pass_at_1": -1.0})["pass_at_1"]
         if best:
             self.facts["best"] = {"step": step, "pass_at_1": result["pass_at_1"]}
         return best
 
     def finish(self):
-        """summary.json, and on screen the table before/after and the curves."""
-        cfg, before, after = self.cfg, self.facts["before"], self.facts.get("after")
-        self.write("summary.json", dict(stage=cfg.stage, model=cfg.model, data=cfg.data, seed=cfg.seed,
-                                        seconds=self.seconds(), **self.facts))
-        def cell(value):
-            parts = value if isinstance(value, list) else [value]
-            return " - ".join(f"{part:.3f}" if isinstance(part, float) else str(part) for part in parts)
-        print(f"\n{'held-out problems':20}{'before':>16}" + (f"{'after':>16}" if after else ""))
-        for name in before:
-            print(f"{name:20}{cell(before[name]):>16}" + (f"{cell(after[name]):>16}" if after else ""))
-        for name in ("accuracy", "mean_tokens", "reflection", "entropy") if self.metrics else ():
-            values = [m[name] for m in self.metrics]
-            print(f"{name:12} {sparkline(values)} {values[0]:.2f} -> {values[-1]:.2f}")
-        print(f"wrote {self.path}/ in {self.seconds():.0f} seconds")
+        """summary.json, and on screen the results before and after, and the curves."""
+        cfg, columns = self.cfg, {name: self.facts[name] for name in ("before", "after") if name in self.facts}
+        summary = dict(stage=cfg.stage, model=cfg.model, data=cfg.data, seed=cfg.seed, seconds=self.seconds())
+        self.write("summary.json", json.dumps({**summary, **self.facts}, indent=2) + "\n")
 
-    def save(self, model, tokenizer, state: dict):
-        """A checkpoint to resume from: written beside its place, flushed, renamed; the one before it stays until then."""
-        folder = self.path / "checkpoint" / f"step-{state['step']:06d}"
-        try:
-            save_model(model, tokenizer, folder, {**state, "seconds": self.seconds(), "facts": self.facts})
-        except Exception as error:  # OSError, or what safetensors and torch make of a full disk
-            shutil.rmtree(folder.with_name(f"writing-{folder.name}"), ignore_errors=True)
-            raise RunError(f"the checkpoint of step {state['step']} could not be saved ({str(error).splitlines()[0]}); "
-                           f"those before it are whole: free some space, then {self.resume_command()}") from None
-        for old in sorted(folder.parent.glob("step-*"))[:-2]:
-            shutil.rmtree(old)
+        def cell(value):
+            values = value if isinstance(value, list) else [value]
+            return f"{' - '.join(f'{v:.3f}' if isinstance(v, float) else str(v) for v in values):>16}"
+
+        show(f"\n{'held-out problems':20}" + "".join(f"{name:>16}" for name in columns))
+        for name in self.facts["before"]:
+            show(f"{name:20}" + "".join(cell(column[name]) for column in columns.values()))
+        for name in ("accuracy", "mean_tokens", "reflection", "entropy") if self.metrics else ():
+            values = [row[name] for row in self.metrics]
+            show(f"{name:12} {sparkline(values)} {values[0]:.2f} -> {values[-1]:.2f}")
+        show(f"wrote {self.path}/ in {self.seconds():.0f} seconds")
 
     def resume_command(self) -> str:
         """What to type to go on."""
         return f"python grpo.py --resume --output_dir {self.path}"
 
+    def save(self, model, tokenizer, state: dict):
+        """A checkpoint to resume from; the two last are kept."""
+        folder = self.path / "checkpoint" / f"step-{state['step']:06d}"
+        try:
+            save_model(model, tokenizer, folder, {**state, "seconds": self.seconds(), "facts": self.facts})
+        except Exception as error:  # OSError, and what safetensors and torch make of a full disk
+            raise RunError(f"the checkpoint of step {state['step']} could not be saved ({str(error).splitlines()[0]}); "
+                           f"those before are whole: free some space, then {self.resume_command()}") from None
+        for old in sorted(folder.parent.glob("step-*"))[:-2]:
+            shutil.rmtree(old)
+
     def load(self) -> tuple[Path | None, dict | None]:
-        """The newest checkpoint that is whole -> its folder and state; later lines of the logs are cut off."""
+        """The newest checkpoint that is whole -> its folder and state; the logs are cut back to its step."""
+        folder, state = None, None
         for folder in sorted((self.path / "checkpoint").glob("step-*"), reverse=True):
-            damaged = [name for name, digest in read_json(folder / "files.json", {"files.json": ""}).items()
-                       if not (folder / name).is_file() or file_digest(folder / name) != digest]
+            digests = read_json(folder / "files.json") or {"files.json": None}
+            damaged = [name for name, digest in digests.items() if file_digest(folder / name) != digest]
             if not damaged:
                 state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-                self.elapsed, self.started = state["seconds"], time.perf_counter()
-                self.cut_logs(state["step"])
-                return folder, state
+                self.elapsed = state["seconds"]
+                break
             show(f"checkpoint {folder} is damaged ({', '.join(damaged)}); the one before it is used")
-        self.cut_logs(-1)  # nothing to go on from: the run begins again
-        return None, None
-
-    def cut_logs(self, step: int):
-        """Leave the lines of the logs that are not after `step`; a crash may have cut the last one short."""
         for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl") if rank() == 0 else ():
             path = self.path / name
             lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-            rows = [row for line in lines if line.endswith("}") and (row := json.loads(line))["step"] <= step]
-            temporary = self.path / f"{name}.tmp"
-            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-            os.replace(temporary, path)
+            rows = [json.loads(line) for line in lines if line.endswith("}")]  # a crash may have cut the last short
+            rows = [row for row in rows if state and row["step"] <= state["step"]]
+            self.write(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             self.metrics = rows if name == "metrics.jsonl" else self.metrics
+        return (folder, state) if state else (None, None)
 
 
-def read_json(path: Path, default: dict) -> dict:
-    """A JSON file, or the default if there is none that can be read."""
+def read_json(path: Path) -> dict | None:
+    """A JSON file; None if there is none that can be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return default
+        return None
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """SHA-256 of a file; empty if there is none."""
     digest = hashlib.sha256()
+    if not path.is_file():
+        return ""
     with open(path, "rb") as file:
         while block := file.read(1 << 24):
             digest.update(block)
@@ -2288,102 +2380,37 @@ def file_digest(path: Path) -> str:
 
 
 def save_model(model, tokenizer, folder: Path, state: dict | None = None):
-    """An ordinary transformers checkpoint, with `state` one to resume from; whole or not at all."""
+    """An ordinary transformers checkpoint, with `state` one to resume from: beside its place first, then moved."""
     temporary = folder.with_name(f"writing-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    if state:
-        torch.save(state, temporary / "state.pt")
-        digests = {path.name: file_digest(path) for path in temporary.iterdir()}
-        (temporary / "files.json").write_text(json.dumps(digests), encoding="utf-8")
-    for path in temporary.iterdir():
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
-
-
-def prepare(cfg: Config, run: Run):
-    """What every stage begins with, cheap checks first -> cfg, tokenizer, policy, problems, held_out, state."""
-    if cfg.data == "countdown" and is_tiny(cfg.model):
-        cfg = dataclasses.replace(cfg, data="calculator")  # its form in words that the embedded model knows
-    device, dtype = pick_device(cfg)
-    problems = load_problems(cfg.data, seed=cfg.seed, whole=cfg.eval_data is not None)
-    held_out = load_problems(cfg.eval_data or cfg.data, True, cfg.seed, cfg.eval_data is not None)[: cfg.eval_problems]
-    bad = check_references(problems + held_out)
-    if bad and not cfg.skip_bad_answers:
-        raise InputError(f"data: {len(bad)} reference answers do not verify against themselves, such as "
-                         + ", ".join(repr(problem.answer) for problem in bad[:3]) + "; mend them or --skip_bad_answers")
-    problems, held_out = ([p for p in part if p not in bad] for part in (problems, held_out))
-    folder, state = run.load() if cfg.resume else (None, None)
-    if state:
-        run.facts = state["facts"]
-    elif cfg.model == "tiny":
-        folder = Path("runs", f"base-seed{cfg.seed}")
-        started = time.perf_counter()
-        if rank() == 0:
-            build_base_model(folder, cfg.seed)
-        sum_over_ranks(torch.zeros(1, device=device))  # the others wait for it
-        run.facts["base_seconds"] = time.perf_counter() - started
-    path = str(folder or cfg.model)
-    tokenizer = load_tokenizer(path)
-    check_prompts(tokenizer, problems + held_out, cfg)
-    cfg = plan_memory(cfg, path, device, dtype)
-    policy, prompt = load_model(path, device, dtype), render_prompt(tokenizer, problems[0].question, cfg)
-    stops = {i: tokenizer.decode([i]) for i in sorted(stop_token_ids(policy, tokenizer))}
-    show(f"data      {cfg.data}: {len(problems):,} problems to train on, {len(held_out):,} held out")
-    show(f"prompt    {prompt!r}, its last ids {encode_prompt(tokenizer, prompt)[-5:]}; stop tokens {stops}")
-    return cfg, tokenizer, policy, problems, held_out, state
-
-
-def stage_zero(cfg: Config, run: Run):
-    """R1-Zero [R1 2.2]: reinforcement learning on a base model; no example of reasoning is ever shown to it."""
-    cfg, tokenizer, policy, problems, held_out, state = prepare(cfg, run)
-    if not state:
-        run.facts["before"] = evaluate(policy, tokenizer, held_out, cfg)
-        run.log_evaluation(0, run.facts["before"])
-    started = time.perf_counter() - run.facts.get("train_seconds", 0.0)
-    with tqdm(total=cfg.steps, initial=state["step"] if state else 0, desc="R1-Zero", disable=rank() > 0 or None) as bar:
-        def after_step(metrics, rollout, batch, get_state):
-            step = metrics["step"]
-            run.log_step(metrics, rollout, batch)
-            bar.update()
-            if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
-                result = evaluate(policy, tokenizer, held_out, cfg)
-                if run.log_evaluation(step, result) and rank() == 0:
-                    save_model(policy, tokenizer, run.path / "best")
-            stop = bool(sum_over_ranks(torch.tensor(float(run.stopped_by is not None), device=policy.device)))
-            run.facts["train_seconds"] = time.perf_counter() - started
-            if (stop or step % cfg.save_every == 0) and rank() == 0:
-                run.save(policy, tokenizer, get_state())
-            return stop
-        train_grpo(policy, tokenizer, problems, cfg, after_step, state)
-    if run.stopped_by:
-        raise SystemExit(128 + run.stopped_by)
-    run.facts["after"] = evaluate(policy, tokenizer, held_out, cfg)
-    if rank() == 0:
-        save_model(policy, tokenizer, run.path / "final")
-        run.finish()
-
-
-def stage_eval(cfg: Config, run: Run):
-    """Evaluation [R1 3] of any checkpoint on any data."""
-    cfg, tokenizer, model, _, held_out, _ = prepare(cfg, run)
-    run.facts["before"] = evaluate(model, tokenizer, held_out, cfg)
-    run.finish()
+    try:
+        model.generation_config.eos_token_id = sorted(stop_token_ids(model, tokenizer))
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        if state:
+            torch.save(state, temporary / "state.pt")
+            digests = {path.name: file_digest(path) for path in temporary.iterdir()}
+            (temporary / "files.json").write_text(json.dumps(digests), encoding="utf-8")
+        for path in temporary.iterdir():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line -> exit status: 0, 1 (could not go on), 2 (bad input), 130 or 143 (stopped, can be resumed)."""
-    transformers.utils.logging.disable_progress_bar()  # one for every file that is read or written
+    """The command line -> 0, 1 (it cannot go on), 2 (bad input); exits with 130 or 143 if stopped and saved."""
+    transformers.utils.logging.disable_progress_bar()  # it would show one for every file
     try:
         cfg = parse_args(sys.argv[1:] if argv is None else argv)
         if "LOCAL_RANK" in os.environ and not dist.is_initialized():  # started by torchrun
             dist.init_process_group("nccl" if torch.cuda.is_available() and cfg.device != "cpu" else "gloo")
-        if cfg.prompts_per_step % (dist.get_world_size() if dist.is_initialized() else 1):
-            raise InputError(f"prompts_per_step is {cfg.prompts_per_step}; the {dist.get_world_size()} processes must "
-                             f"get equal shares of it")
+        processes = dist.get_world_size() if dist.is_initialized() else 1
+        if cfg.prompts_per_step % processes:
+            raise InputError(f"prompts_per_step is {cfg.prompts_per_step}; it must be divisible by the {processes} "
+                             f"processes")
         run = Run(cfg)
 
         def stop(signum, _):
@@ -2400,15 +2427,15 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except RunError as error:
         print(f"grpo.py: stopped: {error}", file=sys.stderr)
-        return 1
     except torch.cuda.OutOfMemoryError as error:
         called = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-        phase = "sampling" if "sample_completions" in called else "the update" if "update_policy" in called else "loading"
-        knobs = ("max_rows or max_completion_tokens" if phase == "sampling" else
-                 "micro_batch_tokens or logits_chunk_tokens, or set kl_coef 0")
-        print(f"grpo.py: stopped: out of GPU memory in {phase}, at {torch.cuda.max_memory_allocated() / 1e9:.1f} GB; "
-              f"lower {knobs}", file=sys.stderr)
-        return 1
+        phase, knobs = next((phase, knobs) for name, phase, knobs in (
+            ("sample_completions", "sampling", "max_rows or max_completion_tokens"),
+            ("update_policy", "the update", "micro_batch_tokens or logits_chunk_tokens, or set kl_coef 0"),
+            ("main", "loading", "kl_coef to 0, or take a smaller model")) if name in called)
+        print(f"grpo.py: stopped: out of GPU memory in {phase}, after a peak of "
+              f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB; lower {knobs}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":
