@@ -26,7 +26,7 @@ Departures from the paper, all of them:
     6. Stated nowhere, chosen here: Adam's betas (0.9, 0.95), no weight decay, gradients clipped to norm 1,
        a short warm-up, sums in float32 over bfloat16 weights.
 
-Dimension names: batch = prompts x group_size, the completions of one prompt side by side; completion = sampled
+Dimension names: batch = prompts x group_size, the completions of a prompt side by side; completion = sampled
 tokens, padded on the right; length = prompt + completion, padded on the right; tokens = without any padding.
 """
 
@@ -67,8 +67,8 @@ import torch.nn.functional as F
 import transformers
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser,
-                          PreTrainedTokenizerFast, Qwen3Config)
+from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer,
+                          HfArgumentParser, PreTrainedTokenizerFast, Qwen3Config)
 
 # ------------------------------------------------------------------------------------------------------------
 # Config
@@ -76,9 +76,9 @@ from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, 
 
 R1_TEMPLATE = (  # [R1 Table 1], word for word; the question takes the place of {question}
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The "
-    "assistant first thinks about the reasoning process in the mind and then provides the user with the answer. "
-    "The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, "
-    "respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>. "
+    "assistant first thinks about the reasoning process in the mind and then provides the user with the "
+    "answer. The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> "
+    "tags, respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>. "
     "User: {question}. Assistant:"
 )
 
@@ -93,7 +93,7 @@ class RunError(RuntimeError):
 
 def setting(default, help: str, paper: str = ""):
     """A field of Config: its default, explanation with unit, and the paper's value where it gives one."""
-    return field(default=default, metadata={"help": (help + f" [paper: {paper}]" * bool(paper)).replace("%", "%%")})
+    return field(default=default, metadata={"help": help + f" [paper: {paper}]" * bool(paper)})
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Config:
     stage: Literal["zero", "eval"] = setting("zero", "zero: R1-Zero; eval: evaluate only")
     model: str = setting("tiny", "tiny (the embedded base model), a checkpoint folder, or a name on the hub")
     data: str = setting("countdown", "countdown, calculator, gsm8k, math500, or a JSON-lines file")
-    eval_data: str | None = setting(None, "problems to evaluate on; default: a part of --data that is held out")
+    eval_data: str | None = setting(None, "problems to evaluate on; default: a held-out part of --data")
     output_dir: str | None = setting(None, "folder of the run; default: runs/STAGE, runs/STAGE-2, …")
     resume: bool = setting(False, "go on with the run in output_dir, or the newest of its stage")
     save_every: int = setting(25, "steps between checkpoints")
@@ -141,7 +141,7 @@ class Config:
     clip_eps: float = setting(0.2, "ε, how far the ratio moves before its gradient is cut", "10 for R1")
     clip_eps_high: float | None = setting(None, "ε above 1, if it differs (DAPO: 0.28)")
     kl_coef: float = setting(0.001, "β, weight of the KL to the reference model; 0 loads none", "0.001")
-    ref_every: int = setting(0, "steps after which the reference becomes the policy; 0: never", "25 = 400 updates")
+    ref_every: int = setting(0, "steps until the reference becomes the policy; 0: never", "25, of 16 updates")
     loss_average: Literal["sequence", "token", "constant"] = setting(
         "sequence", "mean over each completion, then over completions (GRPO); over all tokens (DAPO); over "
         "max_completion_tokens (Dr. GRPO)", "sequence")
@@ -174,11 +174,11 @@ class Config:
             if isinstance(value, float) and not math.isfinite(value):
                 raise InputError(f"{f.name} is {value!r}; it must be a finite number")
         for rule, allowed, names in (
-            ("at least 0", lambda v: v >= 0, "seed accuracy_weight format_weight language_weight warmup_steps "
-             "kl_coef ref_every eval_every eval_temperature sample_every"),
-            ("at least 1", lambda v: v >= 1, "max_prompt_tokens prompts_per_step max_completion_tokens max_rows "
-             "steps updates_per_rollout micro_batch_tokens logits_chunk_tokens eval_problems eval_samples "
-             "log_every save_every"),
+            ("at least 0", lambda v: v >= 0, "seed accuracy_weight format_weight language_weight "
+             "warmup_steps kl_coef ref_every eval_every eval_temperature sample_every"),
+            ("at least 1", lambda v: v >= 1, "max_prompt_tokens prompts_per_step max_completion_tokens "
+             "max_rows steps updates_per_rollout micro_batch_tokens logits_chunk_tokens eval_problems "
+             "eval_samples log_every save_every"),
             ("at least 2: an advantage compares completions of one prompt", lambda v: v >= 2, "group_size"),
             ("above 0", lambda v: v > 0, "temperature learning_rate clip_eps clip_eps_high max_grad_norm"),
             ("above 0 and at most 1", lambda v: 0 < v <= 1, "eval_top_p"),
@@ -199,8 +199,8 @@ class Config:
 
 # What the embedded model needs instead; measured on two CPU cores.
 TINY = dict(
-    template="User: {question} Assistant:", prompts_per_step=16, group_size=16, max_completion_tokens=144, steps=60,
-    learning_rate=1e-3, kl_coef=0.0, gradient_checkpointing=False, eval_every=20,
+    template="User: {question} Assistant:", prompts_per_step=16, group_size=16, max_completion_tokens=144,
+    steps=60, learning_rate=1e-3, kl_coef=0.0, gradient_checkpointing=False, eval_every=20,
 )
 
 
@@ -217,7 +217,8 @@ def make_config(model: str = "tiny", **overrides) -> Config:
 
 def parse_args(argv: list[str]) -> Config:
     """The command line -> Config. First what decides all other defaults: the model, or the run to resume."""
-    parser = HfArgumentParser(Config, prog="grpo.py", allow_abbrev=False, description=__doc__.split("\n\n")[1])
+    about = __doc__.split("\n\n")[1]
+    parser = HfArgumentParser(Config, prog="grpo.py", allow_abbrev=False, description=about)
 
     def refuse(message):
         raise InputError(f"{message}; python grpo.py --help explains every setting")
@@ -239,7 +240,8 @@ def parse_args(argv: list[str]) -> Config:
 # Problems and prompts
 # ------------------------------------------------------------------------------------------------------------
 
-GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/{split}.jsonl"
+GSM8K = ("https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
+         "{split}.jsonl")
 HUB = "https://huggingface.co"
 MATH500 = f"{HUB}/datasets/HuggingFaceH4/MATH-500/resolve/main/test.jsonl"
 
@@ -261,7 +263,7 @@ def text_hash(text: str) -> int:
 
 
 def countdown_problems(count: int, seed: int = 0, evaluation: bool = False) -> list[Problem]:
-    """Countdown: three or four numbers up to 99 to be joined by + - * / into a target up to 100, each used once."""
+    """Countdown: three or four numbers up to 99, each used once, with + - * /, for a target up to 100."""
     rng, problems = random.Random(seed), {}
     while len(problems) < count:
         numbers = tuple(rng.randint(1, 99) for _ in range(rng.choice((3, 4))))
@@ -272,13 +274,13 @@ def countdown_problems(count: int, seed: int = 0, evaluation: bool = False) -> l
         key = f"{sorted(numbers)} {value}"
         if value.denominator == 1 and 1 <= value <= 100 and (text_hash(key) % 10 == 0) == evaluation:
             problems[key] = Problem(
-                f"Using each of the numbers {', '.join(map(str, numbers))} exactly once, with + - * / and brackets, "
-                f"write an expression that equals {value}", str(value), "countdown", numbers)
+                f"Using each of the numbers {', '.join(map(str, numbers))} exactly once, with + - * / and "
+                f"brackets, write an expression that equals {value}", str(value), "countdown", numbers)
     return list(problems.values())
 
 
 def read_problems(path: str) -> list[Problem]:
-    """JSON lines {"question", "answer"}, for code {"question", "tests"}, for Countdown {.., "numbers"} -> Problems.
+    """JSON lines {"question", "answer"}, of code {"question", "tests"}, of Countdown with "numbers" besides.
 
     "problem" may stand for "question"; of an answer with #### in it, what follows is the reference (GSM8K).
     """
@@ -292,10 +294,12 @@ def read_problems(path: str) -> list[Problem]:
             continue
         try:
             row = json.loads(line)
-            question, numbers, tests = row.get("question", row.get("problem")), row.get("numbers"), row.get("tests")
+            question, numbers = row.get("question", row.get("problem")), row.get("numbers")
+            tests = row.get("tests")
             answer = row.get("answer", "" if tests else None)
         except json.JSONDecodeError as error:
-            raise InputError(f"{path} line {number}: not JSON ({error.msg}); each line must be one object") from None
+            raise InputError(f"{path} line {number}: not JSON ({error.msg}); each line must be one "
+                             f"object") from None
         except AttributeError:
             raise InputError(f"{path} line {number}: must be an object with question and answer") from None
         reference = str(answer).rsplit("####", 1)[-1].strip()
@@ -304,7 +308,8 @@ def read_problems(path: str) -> list[Problem]:
             ("answer", type(answer) in (str, int, float) and (reference or tests),
              "text or a number, and not empty; code has tests instead"),
             ("tests", tests is None or type(tests) is list and all(
-                isinstance(test, str) or isinstance(test, dict) and {"input", "output"} <= {*test} for test in tests),
+                isinstance(test, str) or isinstance(test, dict) and {"input", "output"} <= {*test}
+                for test in tests),
              'a list of assert lines or of {"input", "output"}'),
             ("numbers", numbers is None or type(numbers) is list and all(type(n) is int for n in numbers),
              "a list of whole numbers")):
@@ -323,7 +328,7 @@ def fetch(url: str) -> str:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(url, str(path), progress=False)  # to a temporary file, then renamed
+            torch.hub.download_url_to_file(url, str(path), progress=False)  # whole or not at all
         except OSError as error:
             raise InputError(f"{url} cannot be fetched ({error}); with no network pass the file itself: "
                              f"--data PATH.jsonl [--eval_data PATH.jsonl]") from None
@@ -364,8 +369,8 @@ def render_prompt(tokenizer, question: str, cfg: Config) -> str:
 
 def encode_prompt(tokenizer, prompt: str) -> list[int]:
     """Token ids, with the beginning-of-sequence token once, if the tokenizer has one."""
-    begins = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)  # a chat template wrote it
-    return tokenizer(prompt, add_special_tokens=not begins)["input_ids"]
+    written = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)  # by a chat template
+    return tokenizer(prompt, add_special_tokens=not written)["input_ids"]
 
 
 def stop_token_ids(model, tokenizer) -> set[int]:
@@ -375,7 +380,8 @@ def stop_token_ids(model, tokenizer) -> set[int]:
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
         tail = tokenizer.apply_chat_template(turn, tokenize=False).rpartition("x")[2]
-        stops |= {i for i in tokenizer(tail, add_special_tokens=False)["input_ids"][:1] if i in tokenizer.all_special_ids}
+        ends = tokenizer(tail, add_special_tokens=False)["input_ids"][:1]
+        stops |= {*ends} & {*tokenizer.all_special_ids}
     return stops - {None}
 
 
@@ -1363,9 +1369,9 @@ def code_reward(completion: str, problem: Problem, time_limit_seconds: float = 5
 class Rollout:
     """One step's completions: row b answers prompt b // group_size.
 
-    ids (batch, length): prompt and completion; prompt_tokens, completion_tokens (batch,): their lengths, the end
-    token counted; truncated (batch,): no end token within the limit; sample_logprobs (batch, completion): noted
-    while sampling; texts: the completions, without end token, a `<think>` that ended the prompt put in front.
+    ids (batch, length): prompt and completion; prompt_tokens, completion_tokens (batch,): their lengths, the
+    end token counted; truncated (batch,): no end token within the limit; sample_logprobs (batch, completion):
+    noted while sampling; texts: the completions without end token, behind a `<think>` that ended the prompt.
     """
 
     ids: torch.Tensor
@@ -1380,8 +1386,9 @@ class Rollout:
 
     @property
     def completion_mask(self) -> torch.Tensor:
-        """(batch, completion), true up to and with the end token: by position, as the end may be the pad token."""
-        return torch.arange(self.sample_logprobs.shape[1], device=self.ids.device) < self.completion_tokens[:, None]
+        """(batch, completion), true up to and with the end token; by position, as it may be the pad token."""
+        width = self.sample_logprobs.shape[1]
+        return torch.arange(width, device=self.ids.device) < self.completion_tokens[:, None]
 
     def select(self, rows: torch.Tensor) -> "Rollout":
         """The same for some rows, without the columns that only pad."""
@@ -1394,10 +1401,10 @@ class Rollout:
 
 
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, **_):
-    """Attention that repeats no key or value for grouped queries; transformers calls it by its registered name.
+    """Attention that repeats no key or value for grouped queries; transformers calls it by its name.
 
-    No mask means causal: padding is on the right, where nobody looks. With one query token, the query heads that
-    share a key head become the rows of one small product.
+    No mask means causal: padding is on the right, where nobody looks. With one query token, the query heads
+    that share a key head become the rows of one small product.
     """
     batch, heads, queries, _ = query.shape
     if attention_mask is None:
@@ -1417,8 +1424,8 @@ def pick_tokens(logits, uniform, temperature: float, top_p: float = 1.0):
     """Draw from softmax(logits / temperature) by inverting its cumulative sum at `uniform`.
 
     logits (batch, vocab), uniform (batch,) in [0, 1) -> tokens (batch,) and their log-probabilities (batch,),
-    float32, under the full softmax. One number decides a row, so rows cannot disturb each other. Temperature 0 is
-    greedy, with the log-probabilities of temperature 1.
+    float32, under the full softmax. One number decides a row, so rows cannot disturb each other. Temperature
+    0 is greedy, with the log-probabilities of temperature 1.
     """
     logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)
     if temperature == 0:
@@ -1447,10 +1454,10 @@ def pad_rows(rows: list[list[int]]) -> torch.Tensor:
 
 
 class Decoder:
-    """The state of cached decoding, at fixed addresses: a CUDA graph captured once serves every later rollout.
+    """The state of cached decoding at fixed addresses: a CUDA graph captured once serves all later rollouts.
 
-    It is also the cache object that transformers' modules write to. The token at position p of a sequence lies in
-    slot p of its row, so sequences of different lengths need no padding among the keys and values.
+    It is also the cache object that transformers' modules write to. The token at position p of a sequence
+    lies in slot p of its row, so sequences of different lengths need no padding among keys and values.
     """
 
     def __init__(self, model, sizes: tuple[int, int, int], stops: list[int], compile: bool):
@@ -1513,9 +1520,9 @@ class Decoder:
         """One cached step of the first `rows` rows."""
         position = self.position[:rows, None]
         mask = torch.arange(self.width, device=position.device) <= position
-        hidden = self.decoding_trunk(input_ids=self.token[:rows, None], position_ids=position, use_cache=True,
-                                     attention_mask=mask[:, None, None], past_key_values=self).last_hidden_state
-        self.draw(self.head(hidden[:, 0]))
+        out = self.decoding_trunk(input_ids=self.token[:rows, None], position_ids=position, use_cache=True,
+                                  attention_mask=mask[:, None, None], past_key_values=self)
+        self.draw(self.head(out.last_hidden_state[:, 0]))
 
     def step(self, rows: int, width: int):
         """`decode`; on CUDA replayed from a graph, or thousands of small kernels would wait for Python."""
@@ -1543,7 +1550,7 @@ class Decoder:
 
 
 def decoder_for(model, sizes: tuple[int, int, int], stops: list[int], compile: bool) -> Decoder:
-    """The model's own decoder, whose graphs read its weights where they lie; a larger one where it is too small.
+    """The model's own decoder, whose graphs read its weights where they lie; a new one if it is too small.
 
     sizes: rows, max_length, max_completion_tokens.
     """
@@ -1561,8 +1568,8 @@ def sample_completions(model, tokenizer, prompts: list[str], *, group_size: int,
                        max_rows: int | None = None, compile: bool = False) -> Rollout:
     """Sample `group_size` completions of each prompt -> Rollout of prompts x group_size rows.
 
-    A completion depends on its prompt, its place in the batch and the seed: not on its neighbours, nor on rows that
-    leave once they have ended, nor on waves (beyond `max_rows` rows one wave of prompts follows the other).
+    A completion depends on its prompt, its place in the batch and the seed: not on its neighbours, on rows
+    that leave once they have ended, or on waves (beyond `max_rows` rows, prompts go one wave after another).
     """
     model.eval()  # no dropout; and no gradient checkpointing, which would switch the cache off
     device, rows, cuda = model.device, len(prompts) * group_size, model.device.type == "cuda"
@@ -1581,8 +1588,9 @@ def sample_completions(model, tokenizer, prompts: list[str], *, group_size: int,
     for wave in torch.arange(len(prompts), device=device).split(per_wave):
         going, first = len(wave) * group_size, int(wave[0]) * group_size
         here, longest = slice(0, going), int(prompt_tokens[wave].max())
-        decoder.prefill(pad_rows([encoded[i] for i in wave.tolist()]).to(device), prompt_tokens[wave], group_size,
-                        uniform[first : first + going], temperature, top_p)
+        prompt_ids = pad_rows([encoded[i] for i in wave.tolist()]).to(device)
+        decoder.prefill(prompt_ids, prompt_tokens[wave], group_size, uniform[first : first + going],
+                        temperature, top_p)
         for t in tqdm(range(1, max_completion_tokens), "sampling", delay=5, leave=False):
             if t % check_every == 0:  # on CUDA a look at `done` waits for the device
                 left = going - int(decoder.done[:going].sum())
@@ -1598,10 +1606,10 @@ def sample_completions(model, tokenizer, prompts: list[str], *, group_size: int,
     ended = torch.isin(ids, decoder.stop_ids)
     completion_tokens = torch.where(ended.any(1), ended.int().argmax(1) + 1, max_completion_tokens)
     completions = [row[:n] for row, n in zip(ids.tolist(), completion_tokens.tolist())]
+    sequences = [encoded[b // group_size] + completion for b, completion in enumerate(completions)]
     rollout = Rollout(
-        pad_rows([encoded[b // group_size] + completion for b, completion in enumerate(completions)]).to(device),
-        prompt_tokens.repeat_interleave(group_size), completion_tokens, ~ended.any(1),
-        logprobs[:, : int(completion_tokens.max())], texts=[])
+        pad_rows(sequences).to(device), prompt_tokens.repeat_interleave(group_size), completion_tokens,
+        ~ended.any(1), logprobs[:, : int(completion_tokens.max())], texts=[])
     rollout.sample_logprobs = rollout.sample_logprobs.masked_fill(~rollout.completion_mask, 0.0)
     for b, completion in enumerate(completions):
         prefilled = "<think>" if prompts[b // group_size].rstrip().endswith("<think>") else ""
@@ -1615,7 +1623,7 @@ def sample_completions(model, tokenizer, prompts: list[str], *, group_size: int,
 
 
 def head_logprobs(head, hidden, targets, temperature: float):
-    """hidden (tokens, hidden_size), targets (tokens,) -> log-probabilities, entropies (nats): (tokens,) float32."""
+    """hidden (tokens, hidden_size), targets (tokens,) -> log-probabilities, entropies: (tokens,), float32."""
     logits = head(hidden).float() / temperature
     normaliser = logits.logsumexp(-1)
     logprobs = logits.gather(1, targets[:, None])[:, 0] - normaliser
@@ -1628,9 +1636,9 @@ def token_logprobs(model, rollout: Rollout, temperature: float, chunk_tokens: in
                    return_entropy: bool = False):
     """log π(o_t | q, o_<t) of every completion token, at the temperature of sampling.
 
-    -> (batch, completion) float32, 0 in padding; with `return_entropy` also the entropy of each distribution. The
-    logits of only one chunk of tokens exist at a time, in the backward pass too: those of 16,000 tokens and 152,000
-    words would take 10 GB, several times over.
+    -> (batch, completion) float32, 0 in padding; with `return_entropy` also the entropy of each distribution,
+    in nats. The logits of only one chunk of tokens exist at a time, in the backward pass too: those of 16,000
+    tokens and 152,000 words would take 10 GB, several times over.
     """
     mask, head = rollout.completion_mask, model.get_output_embeddings()
     row, t = mask.nonzero(as_tuple=True)
@@ -1658,8 +1666,8 @@ def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
 def group_advantages(rewards: torch.Tensor, scale: bool = True) -> torch.Tensor:
     """A_i = (r_i - mean(r)) / std(r) within each group [R1 Eq. 3]; (prompts, group_size) -> the same shape.
 
-    Without `scale`, no division [DrGRPO]. Where all rewards are equal A is exactly 0: what rounding leaves of their
-    differences must not be blown up.
+    Without `scale`, no division [DrGRPO]. Where all rewards are equal A is exactly 0: what rounding leaves of
+    their differences must not be blown up.
     """
     advantages = rewards - rewards.mean(1, keepdim=True)
     if scale:
@@ -1671,8 +1679,8 @@ def group_advantages(rewards: torch.Tensor, scale: bool = True) -> torch.Tensor:
 def loss_weights(completion_mask, average: str = "sequence", max_completion_tokens: int = 0) -> torch.Tensor:
     """The weight of each token in the loss of one update; (batch, completion) -> the same shape.
 
-    sequence: 1 / (B |o_i|) [GRPO]; token: 1 / Σ|o_i| [DAPO]; constant: 1 / (B L_max) [DrGRPO], where B counts the
-    completions with a token in the mask. Taken over the whole update, so that micro-batches change nothing.
+    sequence: 1 / (B |o_i|) [GRPO]; token: 1 / Σ|o_i| [DAPO]; constant: 1 / (B L_max) [DrGRPO], where B counts
+    the completions with a token in the mask. Of the whole update, so that micro-batches change nothing.
     """
     mask = completion_mask.float()
     tokens = mask.sum(1, keepdim=True)
@@ -1692,13 +1700,14 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, completion_mask,
     """
     weights = loss_weights(completion_mask) if weights is None else weights
     # Log-ratios are zeroed in the padding before exp: after it, 0 x inf would be NaN in the backward pass.
-    ratio = (logprobs - old_logprobs).masked_fill(~completion_mask, 0.0).clamp(-20, 20).exp()  # ρ = π_θ / π_old
+    log_ratio = (logprobs - old_logprobs).masked_fill(~completion_mask, 0.0).clamp(-20, 20)
+    ratio = log_ratio.exp()  # ρ = π_θ / π_old
     clipped_ratio = ratio.clamp(1 - clip_eps, 1 + (clip_eps if clip_eps_high is None else clip_eps_high))
     surrogate = torch.minimum(ratio * advantages[:, None], clipped_ratio * advantages[:, None])
     kl = torch.zeros_like(ratio)
     if kl_coef:
         log_ref_ratio = (ref_logprobs - logprobs).masked_fill(~completion_mask, 0.0).clamp(-20, 20)
-        kl = log_ref_ratio.exp() - log_ref_ratio - 1  # [R1 Eq. 2], an estimate of KL(π_θ || π_ref), never below 0
+        kl = log_ref_ratio.exp() - log_ref_ratio - 1  # [R1 Eq. 2], estimates KL(π_θ || π_ref), never below 0
     loss = (weights * (kl_coef * kl - surrogate)).sum()
     clipped = completion_mask & (surrogate < ratio * advantages[:, None])
     sums = dict(kl=kl, clipped=clipped, ratio=ratio * completion_mask, tokens=completion_mask)
@@ -1713,8 +1722,8 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, completion_mask,
 class MasterAdamW:
     """AdamW on float32 master weights, moments and gradients beneath weights of any type.
 
-    bfloat16 has 8 significant bits, so a step of 1e-6 on a weight of 0.02 is rounded away, every time. The masters
-    add such steps up; the model holds their rounded copies. A float32 weight is its own master.
+    bfloat16 has 8 significant bits, so a step of 1e-6 on a weight of 0.02 is rounded away, every time. The
+    masters add such steps up; the model holds their rounded copies. A float32 weight is its own master.
     """
 
     def __init__(self, model, learning_rate: float, beta2: float = 0.95):
@@ -1735,7 +1744,7 @@ class MasterAdamW:
 
     def rounded(self):
         """The (weight, master) pairs that are not one and the same."""
-        return [(weight, master) for weight, master in zip(self.weights, self.masters) if weight is not master]
+        return [(w, master) for w, master in zip(self.weights, self.masters) if w is not master]
 
     def accumulate(self):
         """After a micro-batch's backward pass: add its gradients up in float32, free the rounded ones."""
@@ -1793,7 +1802,7 @@ def sample_for(model, tokenizer, problems: list[Problem], cfg: Config, group_siz
 
 
 def score(rollout: Rollout, batch: list[Problem], cfg: Config):
-    """-> rewards (prompts, group_size), their parts by name, each (batch,), and how the answers came out, counted."""
+    """-> rewards (prompts, group_size), their parts by name, each (batch,), and the outcomes, counted."""
     group_size = len(rollout.texts) // len(batch)
     rows = [(text, batch[b // group_size]) for b, text in enumerate(rollout.texts)]
     outcomes = [grade(*row) for row in rows]
@@ -1806,7 +1815,7 @@ def score(rollout: Rollout, batch: list[Problem], cfg: Config):
 
 
 def micro_batches(rollout: Rollout, max_tokens: int) -> list[torch.Tensor]:
-    """The rows by falling length, in batches of at most `max_tokens` tokens with their padding, at least one row."""
+    """The rows by falling length, in batches of at most `max_tokens` tokens, padding included (or one row)."""
     lengths = (rollout.prompt_tokens + rollout.completion_tokens).tolist()
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
@@ -1827,8 +1836,8 @@ def score_logprobs(model, rollout: Rollout, cfg: Config) -> torch.Tensor:
     return logprobs
 
 
-def update_policy(policy, optimizer: MasterAdamW, rollout: Rollout, cfg: Config, learning_rate: float) -> dict:
-    """One optimizer step on these completions -> sums over their tokens; loss; the gradient's norm."""
+def update_policy(policy, optimizer: MasterAdamW, rollout: Rollout, cfg: Config, learning_rate: float):
+    """One optimizer step on these completions -> a dict: sums over tokens, the loss, the gradient's norm."""
     policy.train()
     in_loss = rollout.completion_mask & ~(rollout.truncated[:, None] & cfg.mask_truncated)
     weights = loss_weights(in_loss, cfg.loss_average, cfg.max_completion_tokens)
@@ -1839,7 +1848,8 @@ def update_policy(policy, optimizer: MasterAdamW, rollout: Rollout, cfg: Config,
         logprobs, entropy = token_logprobs(policy, part, cfg.temperature, cfg.logits_chunk_tokens, True)
         loss, stats = grpo_loss(
             logprobs, part.old_logprobs, part.ref_logprobs, part.advantages, in_loss[rows, :width],
-            weights[rows, :width], clip_eps=cfg.clip_eps, clip_eps_high=cfg.clip_eps_high, kl_coef=cfg.kl_coef)
+            weights[rows, :width], clip_eps=cfg.clip_eps, clip_eps_high=cfg.clip_eps_high,
+            kl_coef=cfg.kl_coef)
         loss.backward()
         optimizer.accumulate()
         moved = (logprobs.detach() - part.old_logprobs).abs()[part.completion_mask].sum()
@@ -1853,7 +1863,7 @@ def update_policy(policy, optimizer: MasterAdamW, rollout: Rollout, cfg: Config,
 def batch_of_problems(problems: list[Problem], step: int, cfg: Config) -> list[Problem]:
     """The questions of a step (from 1): the next ones in an order that every epoch shuffles anew.
 
-    A function of seed and step alone, so a run that is resumed needs no other memory of its place in the data.
+    A function of seed and step alone: a run that is resumed needs no other memory of its place in the data.
     """
     epochs = {}
     for place in range((step - 1) * cfg.prompts_per_step, step * cfg.prompts_per_step):
@@ -1868,9 +1878,10 @@ def batch_of_problems(problems: list[Problem], step: int, cfg: Config) -> list[P
 def train_grpo(policy, tokenizer, problems: list[Problem], cfg: Config, after_step=None, state=None):
     """Group Relative Policy Optimization [GRPO Algorithm 1], [R1 2.2.1]. Changes `policy` in place.
 
-    `after_step(metrics, rollout, batch, get_state)` is called after every step; it ends the training by returning
-    True. get_state() is what a later call takes as `state` to go on exactly there: all that is random is drawn from
-    (seed, step), so no generator is in it. Raises RunError after three gradients in a row that are not finite.
+    `after_step(metrics, rollout, batch, get_state)` is called after every step and ends the training by
+    returning True. get_state() is what a later call takes as `state` to go on exactly there; all that is
+    random is drawn from (seed, step), so no generator is in it; its tensors are live: save or copy them.
+    Raises RunError after three gradients in a row that are not finite.
     """
     optimizer = MasterAdamW(policy, cfg.learning_rate, cfg.adam_beta2)
     policy.grpo_decoder = None  # not to be copied
@@ -1891,7 +1902,7 @@ def train_grpo(policy, tokenizer, problems: list[Problem], cfg: Config, after_st
         rewards, parts, outcomes = score(rollout, batch, cfg)
         rollout.advantages = group_advantages(rewards, cfg.scale_advantages).flatten().to(policy.device)
         started = time.perf_counter()
-        # In float32 the sampler's numbers are the update's to 1e-5; in bfloat16 other kernels round otherwise.
+        # In float32 the sampler's numbers are the update's to 1e-5; in bfloat16 its kernels round differently.
         rollout.old_logprobs = (rollout.sample_logprobs if policy.dtype == torch.float32
                                 else score_logprobs(policy, rollout, cfg))
         rollout.ref_logprobs = score_logprobs(ref_model, rollout, cfg) if ref_model else None
@@ -1925,15 +1936,15 @@ def step_metrics(step, rollout, rewards, parts, outcomes, updates, sample_second
         mean_tokens=tokens / len(rollout.texts), truncated=mean(rollout.truncated),
         dead_groups=mean(rewards.amax(1) - rewards.amin(1) < 1e-6),
         reflection=mean(bool(REFLECTION.search(text)) for text in rollout.texts),
-        loss=mean(update["loss"] for update in updates), kl=total["kl"] / in_loss, ratio=total["ratio"] / in_loss,
-        clip_fraction=total["clipped"] / in_loss, grad_norm=mean(update["grad_norm"] for update in updates),
+        loss=mean(u["loss"] for u in updates), grad_norm=mean(u["grad_norm"] for u in updates),
+        kl=total["kl"] / in_loss, ratio=total["ratio"] / in_loss, clip_fraction=total["clipped"] / in_loss,
         entropy=total["entropy"] / all_tokens, moved=updates[0]["moved"] / max(1, updates[0]["all_tokens"]),
         outcomes=dict(outcomes), sample_seconds=sample_seconds, update_seconds=update_seconds,
         sample_tokens_per_second=tokens / sample_seconds, update_tokens_per_second=tokens / update_seconds)
 
 
 def majority_vote(predictions: list, equal=answers_equal):
-    """The answer given most often, equal ones counted as one; None does not vote; a tie goes to the first seen."""
+    """The answer given most often, equal ones counted as one; None has no vote; a tie goes to the first."""
     ballots: list[list] = []
     for predicted in predictions:
         if predicted is not None:
@@ -1943,24 +1954,24 @@ def majority_vote(predictions: list, equal=answers_equal):
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Probability that k of n samples, c of them right, hold a right one: 1 - C(n-c, k) / C(n, k) [PASS Eq. 1]."""
+    """Probability that k of n samples, c of them right, hold a right one [PASS Eq. 1]."""
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def confidence_interval(values: list[float]) -> list[float]:
-    """95 % interval of a mean of shares, one value a problem: samples of one problem are no independent evidence."""
+    """95 % interval of a mean, from one value a problem: its samples are no independent evidence."""
     m, n = mean(values), len(values)
     half_width = 1.96 * (sum((v - m) ** 2 for v in values) / max(1, n - 1) / n) ** 0.5 if n > 1 else 1.0
     return [max(0.0, m - half_width), min(1.0, m + half_width)]
 
 
 def same_text(a: str, b: str) -> bool:
-    """Equality of Countdown expressions: to vote for the same number would be no agreement on how to make it."""
+    """Equality of Countdown expressions: that two make the same number is no agreement on how."""
     return a.split() == b.split()
 
 
 def evaluate(model, tokenizer, problems: list[Problem], cfg: Config) -> dict:
-    """Sampled accuracy as the paper measures it [R1 3]: pass@1 over k completions a problem, and what goes with it."""
+    """Sampled accuracy as in the paper [R1 3]: pass@1 over k completions a problem, and what goes with it."""
     k = cfg.eval_samples
     rollout = sample_for(model, tokenizer, problems, cfg, k, cfg.seed, cfg.eval_temperature, cfg.eval_top_p)
     rows = [(text, problems[b // k]) for b, text in enumerate(rollout.texts)]
@@ -1988,13 +1999,14 @@ def evaluate(model, tokenizer, problems: list[Problem], cfg: Config) -> dict:
 
 
 def stage_zero(cfg: Config, run: "Run"):
-    """R1-Zero [R1 2.2]: reinforcement learning on a base model that is never shown an example of reasoning."""
+    """R1-Zero [R1 2.2]: reinforcement learning on a base model; no example of reasoning is shown to it."""
     cfg, tokenizer, policy, problems, held_out, state = prepare(cfg, run)
     if not state:
         run.facts["before"] = evaluate(policy, tokenizer, held_out, cfg)
         run.log_evaluation(0, run.facts["before"])
     began = time.perf_counter() - run.facts.get("train_seconds", 0.0)
-    bar = tqdm(total=cfg.steps, initial=state["step"] if state else 0, desc="R1-Zero", disable=rank() > 0 or None)
+    bar = tqdm(total=cfg.steps, initial=state["step"] if state else 0, desc="R1-Zero",
+               disable=rank() > 0 or None)
 
     def after_step(metrics, rollout, batch, get_state):
         step = metrics["step"]
@@ -2060,17 +2072,19 @@ def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype]:
 
 @functools.lru_cache
 def hub_is_reachable() -> bool:
-    """Whether the Hugging Face hub answers; transformers by itself would try again for the better part of a minute."""
+    """Whether the Hugging Face hub answers; by itself transformers would try again for most of a minute."""
     try:
-        socket.create_connection((urllib.parse.urlparse(os.environ.get("HF_ENDPOINT", HUB)).hostname, 443), 3).close()
+        host = urllib.parse.urlparse(os.environ.get("HF_ENDPOINT", HUB)).hostname
+        socket.create_connection((host, 443), timeout=3).close()
         return True
     except OSError:
         return False
 
 
 def load_pretrained(kind, path: str, **settings):
-    """kind.from_pretrained of a folder or a name on the hub; without network, only of what is in the cache."""
-    return kind.from_pretrained(path, local_files_only=Path(path).exists() or not hub_is_reachable(), **settings)
+    """kind.from_pretrained of a folder or a name on the hub; without network, of what is in the cache."""
+    local = Path(path).exists() or not hub_is_reachable()
+    return kind.from_pretrained(path, local_files_only=local, **settings)
 
 
 def load_tokenizer(path: str):
@@ -2078,20 +2092,20 @@ def load_tokenizer(path: str):
     try:
         tokenizer = load_pretrained(AutoTokenizer, path)
     except (OSError, ValueError) as error:
-        raise InputError(f"model {path!r}: no tokenizer there ({str(error).splitlines()[0]}); give the folder of "
-                         f"a checkpoint or, with network, a name on the hub") from None
+        raise InputError(f"model {path!r}: no tokenizer there ({str(error).splitlines()[0]}); give a checkpoint "
+                         f"folder or, with network, a name on the hub") from None
     if tokenizer.eos_token_id is None:
-        raise InputError(f"model {path!r}: its tokenizer has no end token, so nothing could end; set eos_token")
+        raise InputError(f"model {path!r}: its tokenizer has no end token, nothing could end; set eos_token")
     return tokenizer
 
 
 def load_model(path: str, device, dtype):
     """A causal language model of transformers; refused where this file would not compute what it computes."""
     try:
-        model = load_pretrained(AutoModelForCausalLM, path, dtype=dtype, attn_implementation="grouped").to(device)
+        model = load_pretrained(AutoModelForCausalLM, path, dtype=dtype, attn_implementation="grouped")
     except (OSError, ValueError) as error:
         raise InputError(f"model {path!r} cannot be loaded: {str(error).splitlines()[0]}") from None
-    for module in model.modules():
+    for module in model.to(device).modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # sampling has none, and the ratio compares like with like
     ids = torch.arange(8, device=device)[None]
@@ -2103,8 +2117,8 @@ def load_model(path: str, device, dtype):
         model.set_attn_implementation("grouped")
     close = torch.allclose(ours, plain, atol=1e-3 if dtype == torch.float32 else 0.5, rtol=0.05)
     if not close or "sliding_attention" in (getattr(model.config, "layer_types", None) or ()):
-        raise InputError(f"model {path!r}: {model.config.model_type} has an attention or an output layer that this "
-                         f"file does not know; take a Qwen2, Qwen3 or Llama checkpoint")
+        raise InputError(f"model {path!r}: {model.config.model_type} has an attention or an output layer "
+                         f"that this file does not know; take a Qwen2, Qwen3 or Llama checkpoint")
     return model
 
 
@@ -2140,8 +2154,9 @@ def plan_memory(cfg: Config, path: str, device, dtype) -> Config:
     if fit < max(cfg.group_size, cfg.eval_samples):
         raise InputError(
             f"memory: {fixed:.1f} GB and {row:.2f} GB a completion are needed, {free:.1f} GB are free; lower "
-            f"micro_batch_tokens ({cfg.micro_batch_tokens}), max_completion_tokens ({cfg.max_completion_tokens}) "
-            f"or group_size ({cfg.group_size}), set kl_coef 0, or take a smaller model")
+            f"micro_batch_tokens ({cfg.micro_batch_tokens}), max_completion_tokens "
+            f"({cfg.max_completion_tokens}) or group_size ({cfg.group_size}), set kl_coef 0, or take a "
+            f"smaller model")
     rows = min(cfg.max_rows or cfg.prompts_per_step * cfg.group_size, fit)
     show("memory    " + ", ".join(f"{name} {gb:.1f}" for name, gb in use.items())
          + f", {rows} rows {rows * row:.1f}: {fixed + rows * row:.1f} of {free:.1f} GB free")
@@ -2166,7 +2181,7 @@ def check_data(problems: list[Problem], tokenizer, cfg: Config) -> list[Problem]
 def prepare(cfg: Config, run: "Run"):
     """How every stage begins, cheap checks first -> cfg, tokenizer, policy, problems, held_out, state."""
     if cfg.data == "countdown" and is_tiny(cfg.model):
-        cfg = dataclasses.replace(cfg, data="calculator")  # Countdown in the words that the embedded model knows
+        cfg = dataclasses.replace(cfg, data="calculator")  # Countdown in words that the embedded model knows
     device, dtype = pick_device(cfg)
     whole = cfg.eval_data is not None or cfg.stage == "eval"
     problems = load_problems(cfg.data, False, cfg.seed, whole)
@@ -2205,32 +2220,36 @@ def doctor(m: dict, cfg: Config) -> list[str]:
     findings = (
         (m["truncated"] > 0.5, f"{m['truncated']:.0%} of completions hit max_completion_tokens "
          f"({cfg.max_completion_tokens}): raise it, and check the stop tokens above"),
-        (m["dead_groups"] == 1, "all groups flat: no gradient; take easier problems, a larger group_size, or a "
-         "template whose format the model can hit"),
+        (m["dead_groups"] == 1, "all groups flat: no gradient; take easier problems, a larger group_size, or "
+         "a template whose format the model can hit"),
         (0.8 < m["dead_groups"] < 1, f"{m['dead_groups']:.0%} of groups flat: hardly any gradient"),
         (m["clip_fraction"] > 0.3, f"the clip stops {m['clip_fraction']:.0%} of tokens: lower learning_rate"),
         (m["kl"] > 1, f"a KL of {m['kl']:.1f} nats a token from the reference: lower learning_rate"),
         (m["entropy"] < 0.02, f"an entropy of {m['entropy']:.3f} nats: completions hardly differ any more"),
-        (m["moved"] > 0.1, f"log-probabilities {m['moved']:.2f} nats from those at sampling before any update"),
+        (m["moved"] > 0.1, f"log-probabilities {m['moved']:.2f} nats from those at sampling before any "
+         "update: sampling and training disagree"),
         (not math.isfinite(m["grad_norm"]), "the gradient is not finite: this update was left out"),
         (unjudged > 0, f"{unjudged} answers could not be judged (time-out or error)"))
     return [sentence for holds, sentence in findings if holds]
 
 
 MAY_CHANGE = ("steps", "save_every", "log_every", "sample_every")  # between a run and its resumption
-STEP_LINE = ("step {step:4d}  reward {reward:.2f}  accuracy {accuracy:.2f}  format {format:.2f}  tokens "
-             "{mean_tokens:5.1f}  cut {truncated:.0%}  dead {dead_groups:.0%}  reflect {reflection:.0%}  kl {kl:.4f}"
-             "  clip {clip_fraction:.1%}  grad {grad_norm:.2f}  entropy {entropy:.2f}  tokens/s "
-             "{sample_tokens_per_second:,.0f} | {update_tokens_per_second:,.0f}")
+STEP_LINE = (
+    "step {step:4d}  reward {reward:.2f}  accuracy {accuracy:.2f}  format {format:.2f}  "
+    "tokens {mean_tokens:5.1f}  cut {truncated:.0%}  dead {dead_groups:.0%}  reflect {reflection:.0%}  "
+    "loss {loss:.3f}  kl {kl:.4f}  clip {clip_fraction:.1%}  grad {grad_norm:.2f}  entropy {entropy:.2f}  tokens/s "
+    "{sample_tokens_per_second:,.0f} | {update_tokens_per_second:,.0f}")
 
 
 def run_folder(cfg) -> Path:
-    """output_dir; else the first free of runs/STAGE, runs/STAGE-2, …, or to resume, the last that is taken."""
-    names = (Path("runs", cfg.stage if n == 1 else f"{cfg.stage}-{n}") for n in itertools.count(1))
+    """output_dir; else the first free of runs/STAGE, runs/STAGE-2, …; to resume, the last that is taken."""
     if cfg.output_dir:
         return Path(cfg.output_dir)
-    taken = list(itertools.takewhile(Path.exists, names))
-    return taken[-1] if cfg.resume and taken else Path("runs", f"{cfg.stage}-{len(taken) + 1}".removesuffix("-1"))
+    folders = (Path("runs", cfg.stage if n == 1 else f"{cfg.stage}-{n}") for n in itertools.count(1))
+    last = None
+    while (folder := next(folders)).exists():
+        last = folder
+    return last if cfg.resume and last else folder
 
 
 class Run:
@@ -2245,15 +2264,16 @@ class Run:
         self.metrics, self.facts = [], {}  # what metrics.jsonl and summary.json hold
         settings = dataclasses.asdict(dataclasses.replace(cfg, resume=False, output_dir=None))
         saved = read_json(self.path / "config.json")
-        changed = [name for name in settings if name not in MAY_CHANGE and settings[name] != (saved or {}).get(name)]
+        changed = [name for name, value in settings.items()
+                   if name not in MAY_CHANGE and value != (saved or {}).get(name)]
         if cfg.resume and not saved:
             raise InputError(f"output_dir {str(self.path)!r} holds no run to resume")
         if cfg.resume and changed:
             differ = ", ".join(f"{name} was {saved.get(name)!r}, is {settings[name]!r}" for name in changed)
             raise InputError(f"resume: {differ}; leave these as they were, or start a new run")
         if not cfg.resume and self.path.exists() and (self.path.is_file() or any(self.path.iterdir())):
-            raise InputError(f"output_dir {str(self.path)!r} already holds a run or other files; go on with it by "
-                             f"--resume, or name another folder")
+            raise InputError(f"output_dir {str(self.path)!r} already holds a run or other files; go on with "
+                             f"it by --resume, or name another folder")
         self.started = time.perf_counter()
         try:
             if rank() == 0:
@@ -2280,7 +2300,7 @@ class Run:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def log_step(self, metrics: dict, rollout: Rollout, batch: list[Problem]):
-        """A step: its line in the log and, every so often, on screen, with the doctor's word and a completion."""
+        """A step: its line in the log and, every so often, on screen, with the doctor's word and a sample."""
         cfg, step = self.cfg, metrics["step"]
         self.metrics.append({**metrics, "seconds": self.seconds()})
         self.append("metrics.jsonl", self.metrics[-1])
@@ -2300,7 +2320,8 @@ class Run:
         """An evaluation, on disk and on screen -> whether it is the best so far."""
         self.append("evaluations.jsonl", {"step": step, **result})
         show(f"held-out  step {step}: pass@1 {result['pass_at_1']:.3f}, maj@{result['k']} "
-             f"{result['maj_at_k']:.3f}, {result['mean_tokens']:.0f} tokens, {result['reflection_rate']:.0%} reflect")
+             f"{result['maj_at_k']:.3f}, {result['mean_tokens']:.0f} tokens, "
+             f"{result['reflection_rate']:.0%} reflect")
         best = result["pass_at_1"] > self.facts.get("best", {"pass_at_1": -1.0})["pass_at_1"]
         if best:
             self.facts["best"] = {"step": step, "pass_at_1": result["pass_at_1"]}
@@ -2308,7 +2329,8 @@ class Run:
 
     def finish(self):
         """summary.json, and on screen the results before and after, and the curves."""
-        cfg, columns = self.cfg, {name: self.facts[name] for name in ("before", "after") if name in self.facts}
+        cfg = self.cfg
+        columns = {name: self.facts[name] for name in ("before", "after") if name in self.facts}
         summary = dict(stage=cfg.stage, model=cfg.model, data=cfg.data, seed=cfg.seed, seconds=self.seconds())
         self.write("summary.json", json.dumps({**summary, **self.facts}, indent=2) + "\n")
 
@@ -2334,8 +2356,9 @@ class Run:
         try:
             save_model(model, tokenizer, folder, {**state, "seconds": self.seconds(), "facts": self.facts})
         except Exception as error:  # OSError, and what safetensors and torch make of a full disk
-            raise RunError(f"the checkpoint of step {state['step']} could not be saved ({str(error).splitlines()[0]}); "
-                           f"those before are whole: free some space, then {self.resume_command()}") from None
+            reason = str(error).splitlines()[0]
+            raise RunError(f"the checkpoint of step {state['step']} could not be saved ({reason}); those "
+                           f"before are whole: free some space, then {self.resume_command()}") from None
         for old in sorted(folder.parent.glob("step-*"))[:-2]:
             shutil.rmtree(old)
 
@@ -2353,7 +2376,7 @@ class Run:
         for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl") if rank() == 0 else ():
             path = self.path / name
             lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-            rows = [json.loads(line) for line in lines if line.endswith("}")]  # a crash may have cut the last short
+            rows = [json.loads(line) for line in lines if line.endswith("}")]  # a crash may have cut the last
             rows = [row for row in rows if state and row["step"] <= state["step"]]
             self.write(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             self.metrics = rows if name == "metrics.jsonl" else self.metrics
@@ -2380,7 +2403,7 @@ def file_digest(path: Path) -> str:
 
 
 def save_model(model, tokenizer, folder: Path, state: dict | None = None):
-    """An ordinary transformers checkpoint, with `state` one to resume from: beside its place first, then moved."""
+    """An ordinary transformers checkpoint, with `state` one to resume from; written beside, then moved."""
     temporary = folder.with_name(f"writing-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -2401,7 +2424,7 @@ def save_model(model, tokenizer, folder: Path, state: dict | None = None):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line -> 0, 1 (it cannot go on), 2 (bad input); exits with 130 or 143 if stopped and saved."""
+    """The command line -> 0, 1 (it cannot go on), 2 (bad input); exits with 130 or 143 when stopped."""
     transformers.utils.logging.disable_progress_bar()  # it would show one for every file
     try:
         cfg = parse_args(sys.argv[1:] if argv is None else argv)
@@ -2409,8 +2432,8 @@ def main(argv: list[str] | None = None) -> int:
             dist.init_process_group("nccl" if torch.cuda.is_available() and cfg.device != "cpu" else "gloo")
         processes = dist.get_world_size() if dist.is_initialized() else 1
         if cfg.prompts_per_step % processes:
-            raise InputError(f"prompts_per_step is {cfg.prompts_per_step}; it must be divisible by the {processes} "
-                             f"processes")
+            raise InputError(f"prompts_per_step is {cfg.prompts_per_step}; it must be a multiple of the "
+                             f"{processes} processes")
         run = Run(cfg)
 
         def stop(signum, _):
