@@ -200,7 +200,7 @@ class Config:
 # What the embedded model needs instead; measured on two CPU cores.
 TINY = dict(
     template="User: {question} Assistant:", prompts_per_step=16, group_size=16, max_completion_tokens=144,
-    steps=60, learning_rate=1e-3, kl_coef=0.0, gradient_checkpointing=False, eval_every=20,
+    steps=80, learning_rate=1e-3, kl_coef=0.0, gradient_checkpointing=False, eval_every=20,
 )
 
 
@@ -388,19 +388,19 @@ def stop_token_ids(model, tokenizer) -> set[int]:
 # ------------------------------------------------------------------------------------------------------------
 # The embedded base model
 # ------------------------------------------------------------------------------------------------------------
-# A base model has read how people reason, and rarely does it when it is asked. Here the reading is generated: the
-# books check their tries to the end, the Assistant of the conversations mostly blurts out the first thing.
+# A base model has read how people reason, and rarely does it when it is asked. Here the reading is generated:
+# the books check their tries to the end, the Assistant of the dialogues mostly blurts out the first thing.
 
 CHINESE = dict(zip("try wait but so yes low high".split(), "试 等 但 故 对 小 大".split()))
-GENERAL_WORDS = ("hello hi thanks please who what are is you I am a help can good day welcome sorry no bad !"
-                 " 你 好 谢 请 谁 是 我 帮 不").split()  # not in the corpus: room for prompts that are no maths
-VOCABULARY = ["<pad>", "<end>", "<unk>", "User:", "Assistant:", "make", "<think>", "</think>", "<answer>",
-              "</answer>", *"?+-*=", *map(str, range(-9, 100)), *CHINESE, *CHINESE.values(), *GENERAL_WORDS]
+GENERAL_WORDS = ("hello hi thanks please who what are is you I am a help can good day welcome sorry no bad ! "
+                 "你 好 谢 请 谁 是 我 帮 不").split()  # not in the corpus; for other prompts
+VOCABULARY = ["<pad>", "<end>", "<unk>", *"User: Assistant: make <think> </think> <answer> </answer>".split(),
+              *"?+-*=", *map(str, range(-9, 100)), *CHINESE, *CHINESE.values(), *GENERAL_WORDS]
 TOKEN_ID = {token: i for i, token in enumerate(VOCABULARY)}
 
 
 def calculator_tries(numbers) -> list[tuple]:
-    """All nine (x, op, y, "=", subtotal, op, z, "=", result) to key in, in the order of a systematic person."""
+    """All nine (x, op, y, "=", subtotal, op, z, "=", result), in the order of a systematic person."""
     x, y, z = numbers
     return [(x, op, y, "=", subtotal, op2, z, "=", subtotal + z if op2 == "+" else subtotal - z)
             for x, y, z in ((x, y, z), (y, z, x), (z, x, y))
@@ -452,7 +452,7 @@ def write_thoughts(rng, problem: Problem, writer: Writer) -> tuple[list, list]:
         *keys, result = tries[i]
         result += rng.choice((-2, -1, 1, 2)) if rng.random() < writer.slips and result > 0 else 0
         thoughts += [say(rng.choice(("wait", "but")) if count else "try"), *keys, result]
-        if checks:  # the target is restated beside the result: without it so small a model never learns to compare
+        if checks:  # the target restated beside the result: else so small a model never learns to compare
             thoughts += ["?", target, say(verdict(result, target))]
         solved = checks and result == target
         if solved or not checks or rng.random() < writer.gives_up:
@@ -462,17 +462,21 @@ def write_thoughts(rng, problem: Problem, writer: Writer) -> tuple[list, list]:
     return thoughts + [say("so")] * (not solved), [x, op, y, op2, z]
 
 
-def write_completion(rng, problem: Problem, writer: Writer) -> list:
+def write_completion(rng, problem: Problem, writer: Writer) -> list[str]:
     """What such a writer would answer as the Assistant: tokens. With CAREFUL, a trace for the cold start."""
     thoughts, expression = write_thoughts(rng, problem, writer)
     parts = [["<think>"], thoughts, ["</think>"], ["<answer>"], expression, ["</answer>"]]
     if rng.random() < writer.damages:
         parts.pop(rng.choice((0, 2, 3, 5)))
-    return sum(parts, []) + ["<end>"]
+    return [str(token) for part in parts for token in part] + ["<end>"]
+
+
+def prompt_tokens(problem: Problem) -> list[str]:
+    return TINY["template"].replace("{question}", problem.question).split()
 
 
 def write_document(rng, problem: Problem) -> tuple[list, list]:
-    """A text of the corpus: the head, which is given, and the body, which is learned; both lists of tokens."""
+    """A text of the corpus: the head, which is given, and the body, which is learned: tokens."""
     kind = rng.random()
     if kind < 0.25:  # a page of comparisons
         pairs = [(target + rng.choice((0, rng.randint(-5, 5), rng.randint(-50, 49))), target)
@@ -481,8 +485,7 @@ def write_document(rng, problem: Problem) -> tuple[list, list]:
         return [], [t for a, b in pairs if -9 <= a for t in (a, "?", b, say(verdict(a, b)))] + ["<end>"]
     if kind < 0.55:  # a book
         return problem.question.split(), write_thoughts(rng, problem, BOOK)[0] + ["<end>"]
-    head = TINY["template"].replace("{question}", problem.question).split()
-    return head, write_completion(rng, problem, PATIENT if kind > 0.97 else LAZY)
+    return prompt_tokens(problem), write_completion(rng, problem, PATIENT if kind > 0.97 else LAZY)
 
 
 def pad_documents(documents) -> tuple[torch.Tensor, torch.Tensor]:
@@ -498,8 +501,8 @@ def pad_documents(documents) -> tuple[torch.Tensor, torch.Tensor]:
 def corpus_batches(rng, problems: list[Problem], batch_tokens: int = 1024):
     """Endless batches of about batch_tokens: always new documents, those of like length together."""
     while True:
-        documents = sorted((write_document(rng, rng.choice(problems)) for _ in range(2000)),
-                           key=lambda document: len(document[0] + document[1]))
+        documents = [write_document(rng, rng.choice(problems)) for _ in range(2000)]
+        documents.sort(key=lambda document: len(document[0] + document[1]))
         batches = []
         while documents:
             size = batch_tokens // len(documents[-1][0] + documents[-1][1])
@@ -513,11 +516,12 @@ def build_tokenizer(folder) -> PreTrainedTokenizerFast:
     special = [dict(id=i, content=VOCABULARY[i], special=True, single_word=False, lstrip=False, rstrip=False,
                     normalized=False) for i in range(3)]
     tight = [{"type": "Replace", "pattern": {"String": f" {op} "}, "content": op} for op in "+-*="]
-    words = r"</?\w+>|(?<!\d)-\d+|\w+:?|\S"  # after a number a minus is an operator, elsewhere it is a sign
+    pattern = r"</?\w+>|(?<!\d)-\d+|\w+:?|\S"  # after a number a minus is an operator, elsewhere it is a sign
     path = Path(folder, "tokenizer.json")
     path.write_text(json.dumps({
         "version": "1.0", "added_tokens": special, "normalizer": None, "post_processor": None,
-        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": words}, "behavior": "Removed", "invert": True},
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": pattern}, "invert": True,
+                          "behavior": "Removed"},
         "decoder": {"type": "Sequence", "decoders": [
             {"type": "WordPiece", "prefix": "##", "cleanup": False}, {"type": "Fuse"}, *tight]},
         "model": {"type": "WordLevel", "vocab": TOKEN_ID, "unk_token": "<unk>"}}), encoding="utf-8")
@@ -526,12 +530,12 @@ def build_tokenizer(folder) -> PreTrainedTokenizerFast:
 
 
 def new_tiny_model():
-    # Not Qwen2, for which transformers 5 replaces any tokenizer by Qwen's own.
+    # Qwen3, not Qwen2: beside a Qwen2 transformers 5 takes any tokenizer for Qwen's own.
     model = AutoModelForCausalLM.from_config(Qwen3Config(
         vocab_size=len(VOCABULARY), hidden_size=64, intermediate_size=384, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4, head_dim=16, attention_bias=True, tie_word_embeddings=True,
-        max_position_embeddings=512, bos_token_id=None, eos_token_id=TOKEN_ID["<end>"],
-        pad_token_id=TOKEN_ID["<pad>"], embedded_world=1))
+        num_attention_heads=4, num_key_value_heads=4, head_dim=16, attention_bias=True,
+        tie_word_embeddings=True, max_position_embeddings=512, bos_token_id=None,
+        eos_token_id=TOKEN_ID["<end>"], pad_token_id=TOKEN_ID["<pad>"], embedded_world=1))
     for name, weight in model.named_parameters():
         if weight.dim() == 2:  # transformers' 0.02 everywhere is far too small for so narrow a model
             torch.nn.init.normal_(weight, std=0.05 if "embed" in name else 0.6 / math.sqrt(weight.shape[1]))
@@ -563,21 +567,20 @@ def pretrain(model, problems: list[Problem], seed: int, steps: int, peak: float 
 
 @torch.no_grad()
 def base_skills(model, problems: list[Problem]) -> dict[str, float]:
-    """The skills that reasoning stands on, on careful traces: right sums, copied targets, P(yes) after a result
+    """What reasoning stands on, measured on careful traces: right sums, copied targets, P(yes) after a result
     that is right and after one that is wrong."""
     rng = random.Random(0)
-    ids, _ = pad_documents([(TINY["template"].replace("{question}", p.question).split(), write_completion(rng, p, CAREFUL))
-                            for p in problems[:400]])
+    ids, _ = pad_documents([(prompt_tokens(p), write_completion(rng, p, CAREFUL)) for p in problems[:400]])
     probs, before, after = model(ids).logits[:, :-1].softmax(-1), ids[:, :-1], ids[:, 1:]
     correct, yes = (probs.argmax(-1) == after).float(), probs[..., [TOKEN_ID["yes"], TOKEN_ID["对"]]].sum(-1)
     judged, solved = before.roll(1, dims=1) == TOKEN_ID["?"], after == TOKEN_ID["yes"]
-    return dict(sums=correct[before == TOKEN_ID["="]].mean().item(),
-                copies=correct[before == TOKEN_ID["?"]].mean().item(),
-                yes_if_right=yes[judged & solved].mean().item(), yes_if_wrong=yes[judged & ~solved].mean().item())
+    values = dict(sums=correct[before == TOKEN_ID["="]], copies=correct[before == TOKEN_ID["?"]],
+                  yes_if_right=yes[judged & solved], yes_if_wrong=yes[judged & ~solved])
+    return {name: round(value.mean().item(), 4) for name, value in values.items()}
 
 
-def build_base_model(folder, seed: int = 0, steps: int = 2000) -> Path:
-    """Train the embedded base model, unless the folder holds it already -> the folder, an ordinary checkpoint.
+def build_base_model(folder, seed: int = 0, steps: int = 2500) -> Path:
+    """Train the embedded base model, unless the folder holds it already -> the folder, a checkpoint.
 
     Reinforcement only elicits what the base can do at all: one whose skills miss the gate is trained longer.
     """
@@ -587,13 +590,13 @@ def build_base_model(folder, seed: int = 0, steps: int = 2000) -> Path:
     torch.manual_seed(seed)
     problems, model = calculator_problems(), new_tiny_model()
     pretrain(model, problems, seed, steps)
-    for extra in range(1, 5):
+    for longer in range(1, 5):
         skills = base_skills(model, problems)
-        if (min(skills["sums"], skills["copies"]) > 0.99 and skills["yes_if_right"] > 0.97
-                and skills["yes_if_wrong"] < 0.005):
+        if (min(skills["sums"], skills["copies"]) > 0.99 and skills["yes_if_right"] > 0.98
+                and skills["yes_if_wrong"] < 0.003):
             break
-        print("The base model misses its gate and is trained longer:", {k: round(v, 4) for k, v in skills.items()})
-        pretrain(model, problems, seed + 1000 * extra, steps // 4, peak=0.4)
+        print(f"The base model misses its gate and is trained longer: {skills}")
+        pretrain(model, problems, seed + 1000 * longer, steps // 5, peak=0.4)
     unfinished = folder.with_name(folder.name + ".part")  # a run broken off leaves no half a checkpoint
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -1815,7 +1818,7 @@ def score(rollout: Rollout, batch: list[Problem], cfg: Config):
 
 
 def micro_batches(rollout: Rollout, max_tokens: int) -> list[torch.Tensor]:
-    """The rows by falling length, in batches of at most `max_tokens` tokens, padding included (or one row)."""
+    """The rows by falling length, in batches of `max_tokens` tokens at most, padding included."""
     lengths = (rollout.prompt_tokens + rollout.completion_tokens).tolist()
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
@@ -1902,7 +1905,7 @@ def train_grpo(policy, tokenizer, problems: list[Problem], cfg: Config, after_st
         rewards, parts, outcomes = score(rollout, batch, cfg)
         rollout.advantages = group_advantages(rewards, cfg.scale_advantages).flatten().to(policy.device)
         started = time.perf_counter()
-        # In float32 the sampler's numbers are the update's to 1e-5; in bfloat16 its kernels round differently.
+        # In float32 the sampler's numbers are the update's to 1e-5; in bfloat16 kernels round differently.
         rollout.old_logprobs = (rollout.sample_logprobs if policy.dtype == torch.float32
                                 else score_logprobs(policy, rollout, cfg))
         rollout.ref_logprobs = score_logprobs(ref_model, rollout, cfg) if ref_model else None
@@ -2092,8 +2095,8 @@ def load_tokenizer(path: str):
     try:
         tokenizer = load_pretrained(AutoTokenizer, path)
     except (OSError, ValueError) as error:
-        raise InputError(f"model {path!r}: no tokenizer there ({str(error).splitlines()[0]}); give a checkpoint "
-                         f"folder or, with network, a name on the hub") from None
+        raise InputError(f"model {path!r}: no tokenizer there ({str(error).splitlines()[0]}); give a "
+                         f"checkpoint folder or, with network, a name on the hub") from None
     if tokenizer.eos_token_id is None:
         raise InputError(f"model {path!r}: its tokenizer has no end token, nothing could end; set eos_token")
     return tokenizer
@@ -2237,8 +2240,8 @@ MAY_CHANGE = ("steps", "save_every", "log_every", "sample_every")  # between a r
 STEP_LINE = (
     "step {step:4d}  reward {reward:.2f}  accuracy {accuracy:.2f}  format {format:.2f}  "
     "tokens {mean_tokens:5.1f}  cut {truncated:.0%}  dead {dead_groups:.0%}  reflect {reflection:.0%}  "
-    "loss {loss:.3f}  kl {kl:.4f}  clip {clip_fraction:.1%}  grad {grad_norm:.2f}  entropy {entropy:.2f}  tokens/s "
-    "{sample_tokens_per_second:,.0f} | {update_tokens_per_second:,.0f}")
+    "loss {loss:.3f}  kl {kl:.4f}  clip {clip_fraction:.1%}  grad {grad_norm:.2f}  entropy {entropy:.2f}  "
+    "tokens/s {sample_tokens_per_second:,.0f} | {update_tokens_per_second:,.0f}")
 
 
 def run_folder(cfg) -> Path:
