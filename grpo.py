@@ -32,6 +32,7 @@ tokens, padded on the right; length = prompt + completion, padded on the right; 
 
 import argparse
 import ast
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -65,6 +66,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from sympy.core.alphabets import greeks
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer,
@@ -200,7 +202,8 @@ class Config:
 # What the embedded model needs instead; measured on two CPU cores.
 TINY = dict(
     template="User: {question} Assistant:", prompts_per_step=16, group_size=16, max_completion_tokens=144,
-    steps=80, learning_rate=1e-3, kl_coef=0.0, gradient_checkpointing=False, eval_every=20,
+    steps=70, learning_rate=5e-4, kl_coef=0.0, micro_batch_tokens=2_048, gradient_checkpointing=False,
+    eval_every=20,
 )
 
 
@@ -616,7 +619,7 @@ def build_base_model(folder, seed: int = 0, steps: int = 2500) -> Path:
 def last_boxes(text: str) -> list[str]:
     """Contents of the outermost balanced \\boxed{...} of `text`, in order, in one pass."""
     stack, boxes = [], []
-    for match in re.finditer(r"\\boxed\s*\{|\\fbox\s*\{|\\[{}\\]|[{}]", text):
+    for match in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\[{}\\]|[{}]", text):
         token = match.group()
         if token == "}" and stack:
             start = stack.pop()
@@ -631,9 +634,8 @@ def extract_answer(completion: str, lenient: bool = False) -> str | None:
     """The final answer in the text, or None; linear in its length.
 
     Strict, for rewards: after the last </think>, the content of the only <answer>...</answer>, or without
-    such tags a \\boxed{}. Inside the tags a box wins over the words around it. Several different boxes
-    become the list "a, b", which equals no single value, so hedging does not pay.
-    Lenient, to tell a wrong answer from a wrong format: the last tag, box or arithmetic expression anywhere.
+    such tags a \\boxed{}. A box wins over the words around it; different boxes become the list "a, b", which
+    equals no single value. Lenient, to tell wrong answers from wrong formats: the last tag, box or formula.
     """
     _, closed, final = completion.rpartition("</think>")
     if not closed and "<think>" in completion and not lenient:
@@ -645,96 +647,109 @@ def extract_answer(completion: str, lenient: bool = False) -> str | None:
         return ", ".join(dict.fromkeys(last_boxes(content))) or content.strip() or None
     if not lenient:
         return None if opened or "</answer>" in final else ", ".join(dict.fromkeys(last_boxes(final))) or None
-    boxes = last_boxes(completion)
     numbers = re.findall(r"[-(]*\d(?:[\d\s.+\-*/×÷()]|,(?=\d))*", completion)
-    return boxes[-1] if boxes else numbers[-1].rstrip(" .\n+-*/×÷(") if numbers else None
+    return (last_boxes(completion) or [number.rstrip(" .\n+-*/×÷(") for number in numbers[-1:]] or [None])[-1]
 
 
-
-MP = sympy.core.evalf.mp.clone()                   # sympy's numerical half, with a precision nobody else can change
+MP = sympy.core.evalf.mp.clone()          # sympy's numerical half, with a precision nobody else can change
 MP.prec = 1000
-TOLERANCE, MAX_BITS = MP.mpf(10) ** -200, 8192
+TOLERANCE, MAX_BITS, MAX_CHARACTERS = MP.mpf(10) ** -200, 8192, 300
 
 
-def raise_power(base, exponent):
-    """base ** exponent if it stays below MAX_BITS; odd roots of negative numbers are real."""
-    rational = isinstance(exponent, Fraction)
-    if abs(exponent) * max(1, abs(bits(base))) > MAX_BITS:
-        raise ValueError("power too large")
-    if rational and exponent.denominator == 1:
-        return base ** int(exponent)
-    if not base and rational and exponent > 0:
-        return base
-    base = MP.convert(base)
-    if rational and exponent.denominator % 2 and not MP.im(base) and MP.re(base) < 0:
-        return (-1) ** exponent.numerator * (-MP.re(base)) ** MP.convert(exponent)
-    return base ** MP.convert(exponent)
+def require(condition, reason: str):
+    if not condition:
+        raise ValueError(reason)
 
 
-def whole(function, top: int):
-    """`function` for whole numbers up to `top` only."""
-    def capped(*args):
-        if not all(isinstance(x, Fraction) and x.denominator == 1 and 0 <= x <= top for x in args):
-            raise ValueError("not a small whole number")
-        return Fraction(function(*map(int, args)))
-    return capped
+def bits(number) -> int:
+    """Size of a value as a power of two; of a fraction, of its larger half."""
+    if isinstance(number, Fraction):
+        return max(number.numerator.bit_length(), number.denominator.bit_length())
+    return int(MP.mag(number)) if number else 0
 
 
-def real_floor(x, sign: int = 1):
-    if MP.im(x):
-        raise ValueError("floor of a complex number")
-    return Fraction(sign * int(MP.floor(sign * MP.re(x) + TOLERANCE)))
+def power(base, exponent):
+    """base ** exponent, capped before it is built; odd roots of negative numbers are real."""
+    require(abs(exponent) * max(1, abs(bits(base))) <= MAX_BITS, "power too large")
+    if isinstance(exponent, Fraction):
+        if exponent.denominator == 1:
+            return base ** int(exponent)
+        if exponent.denominator % 2 and not MP.im(base) and MP.re(base) < 0:
+            return (-1) ** exponent.numerator * power(-base, exponent)
+    return MP.convert(base) ** MP.convert(exponent)
 
 
-OPERATIONS = {
+def floor(x) -> Fraction:
+    require(not MP.im(x), "floor of a complex number")
+    return Fraction(int(MP.floor(MP.re(x) + TOLERANCE)))
+
+
+def node(head, *args):
+    """An unevaluated sympy expression: simplifying a hostile one can take sympy for ever."""
+    require(all(isinstance(arg, (sympy.Expr, int)) for arg in args), "structures cannot be calculated with")
+    return head(*map(sympy.sympify, args), evaluate=False)
+
+
+def multiply(left, right):
+    """left * right, where one of them may be a matrix; the negative of a number is a number."""
+    for factor, matrix in ((left, right), (right, left)):
+        if isinstance(matrix, tuple) and matrix[0].endswith("matrix"):
+            return matrix[:2] + tuple(multiply(factor, entry) for entry in matrix[2:])
+    return -right if left == -1 and getattr(right, "is_Number", False) else node(sympy.Mul, left, right)
+
+
+# The vocabulary, first what it means. An operator: how tightly it binds, and what it builds.
+OPERATORS = {
+    "+": (1, lambda a, b: node(sympy.Add, a, b)), "-": (1, lambda a, b: node(sympy.Add, a, multiply(-1, b))),
+    "*": (2, multiply), "/": (2, lambda a, b: multiply(a, node(sympy.Pow, b, -1))),
+    "^": (4, lambda a, b: node(sympy.Pow, a, b)), "!": (5, lambda n: node(sympy.factorial, n))}
+DEGREE = {"°": (5, lambda x: node(sympy.Mul, x, sympy.pi, sympy.Rational(1, 180)))}      # in functions only
+COMMANDS = {r"\frac": OPERATORS["/"][1], r"\binom": lambda n, k: node(sympy.binomial, n, k)}
+NAMED = "sin cos tan cot sec csc asin acos atan sinh cosh tanh exp log".split()
+FUNCTIONS = {"\\" + name: getattr(sympy, name) for name in NAMED} | {
+    r"\ln": sympy.log, r"\abs": sympy.Abs, r"\floor": sympy.floor, r"\ceil": sympy.ceiling}
+TRANSCENDENTAL = {getattr(sympy, name): getattr(MP, name) for name in NAMED}
+COUNTING = {sympy.factorial: lambda n: Fraction(math.factorial(int(n))),
+            sympy.binomial: lambda n, k: Fraction(math.comb(int(n), int(k)))}
+OPERATIONS = TRANSCENDENTAL | COUNTING | {
     sympy.Add: lambda *terms: sum(terms), sympy.Mul: lambda *factors: math.prod(factors),
-    sympy.Pow: raise_power, sympy.Abs: abs,
-    sympy.floor: real_floor, sympy.ceiling: lambda x: real_floor(x, -1),
-    sympy.factorial: whole(math.factorial, 60), sympy.binomial: whole(math.comb, 60)}
-ARITHMETIC = set(OPERATIONS)
-OPERATIONS |= {getattr(sympy, name): getattr(MP, name)
-               for name in "sin cos tan asin acos atan sinh cosh tanh exp log".split()}
-OPERATIONS |= {sympy.cot: lambda x: 1 / MP.tan(x), sympy.sec: lambda x: 1 / MP.cos(x),
-               sympy.csc: lambda x: 1 / MP.sin(x)}
-FUNCTIONS = {"\\" + head.__name__: head for head in OPERATIONS.keys() - ARITHMETIC} | {
-    r"\ln": sympy.log, r"\abs": sympy.Abs}
-CONSTANTS = {r"\pi": sympy.pi, "e": sympy.E, "i": sympy.I, r"\infty": sympy.oo}
-NUMERIC_CONSTANTS = {sympy.pi: +MP.pi, sympy.E: +MP.e, sympy.I: MP.mpc(0, 1)}
-SYMBOLS = {"\\" + name for name in (
-    "alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi chi psi "
-    "omega Gamma Delta Theta Lambda Sigma Phi Psi Omega emptyset ell dots").split()}
-# Many spellings, one token; "drop" is none.
+    sympy.Pow: power, sympy.Abs: abs, sympy.floor: floor, sympy.ceiling: lambda x: -floor(-x)}
+CONSTANTS = {sympy.pi: +MP.pi, sympy.E: +MP.e, sympy.I: MP.mpc(0, 1), sympy.oo: MP.inf, -sympy.oo: -MP.inf}
+NUMBERS = {r"\pi": sympy.pi, r"\infty": sympy.oo, "e": sympy.E, "i": sympy.I}
+SYMBOLS = {"\\" + name for greek in greeks for name in (greek, greek.capitalize(), "emptyset", "ell", "dots")}
+WORDS = FUNCTIONS.keys() | NUMBERS.keys() | SYMBOLS | {r"\sqrt", r"\infinity", r"\inf", r"\oo"}
+STARTERS = WORDS | COMMANDS.keys() | {"(", "[", "{", r"\matrix"}          # 2x, 3(x+1), x\sqrt2; but not 2 3
+# Then the spellings, many for one token.
 ALIASES = {alias: token for token, aliases in {
-    "drop": r"\left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \displaystyle \textstyle \boxed ~ "
-            r"\fbox \mathbf \boldsymbol \mathit \mathcal \vec \hat \rm \bf \allowbreak \quad \qquad \angle "
-            r"\triangle \( \) \[ \] \, \; \: \!",
-    "*": r"\cdot \times \ast", "^": "**", "/": r"\div", "<": r"\lt", ">": r"\gt", "≠": r"\ne \neq !=",
-    "≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=", "∪": r"\cup", "∈": r"\in", ":": r"\colon",
-    "|": r"\lvert \rvert \vert \mid", "°": r"\circ \degree", "%": r"\%", "$": r"\$", "(": r"\langle",
+    "*": r"\cdot \times \ast × · ⋅", "/": r"\div ÷", "-": "− –", "^": "**", "<": r"\lt", ">": r"\gt",
+    "≠": r"\ne \neq !=", "≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=", r"\pm": "±",
+    "∪": r"\cup", "∈": r"\in", ":": r"\colon", "°": r"\circ \degree", "%": r"\%", "$": r"\$", "(": r"\langle",
     ")": r"\rangle", r"\{": r"\lbrace", r"\}": r"\rbrace", r"\frac": r"\dfrac \tfrac \cfrac",
-    r"\binom": r"\dbinom \tbinom", r"\phi": r"\varphi", r"\epsilon": r"\varepsilon",
-    r"\dots": r"\ldots \cdots ...", r"\emptyset": r"\varnothing", r"\infty": r"\infinity \inf \oo",
-    r"\asin": r"\arcsin", r"\acos": r"\arccos", r"\atan": r"\arctan",
-}.items() for alias in aliases.split()} | {"\\ ": "drop"}
-NAMES = (FUNCTIONS.keys() | SYMBOLS | set(r"\pi \sqrt \infinity \infty \inf \oo".split())) - {r"\sec"}
+    r"\binom": r"\dbinom \tbinom", r"\phi": r"\varphi", r"\epsilon": r"\varepsilon", r"\theta": "θ",
+    r"\dots": r"\ldots \cdots ...", r"\emptyset": r"\varnothing ∅", r"\infty": r"\infinity \inf \oo ∞",
+    r"\pi": "π", r"\asin": r"\arcsin", r"\acos": r"\arccos", r"\atan": r"\arctan",
+}.items() for alias in aliases.split()}
 UNITS = dict(pair.split(":") for pair in (
-    "m:meter cm:centimeter mm:millimeter km:kilometer in:inch inches:inch ft:foot feet:foot yd:yard "
-    "mi:mile g:gram kg:kilogram mg:milligram lb:pound lbs:pound oz:ounce s:second sec:second "
-    "min:minute h:hour hr:hour hrs:hour day:day L:liter ml:milliliter am:am pm:pm sq:square ^2:square "
-    "^3:cubic st:th nd:th rd:th th:th cup:cup egg:egg men:man %:percent °:degree $:dollar per:per "
-    "of:of").split())
+    "m:meter cm:centimeter mm:millimeter km:kilometer in:inch inches:inch ft:foot feet:foot yd:yard mi:mile "
+    "g:gram kg:kilogram mg:milligram lb:pound lbs:pound oz:ounce s:second sec:second min:minute h:hour "
+    "hr:hour hrs:hour day:day L:liter ml:milliliter am:am pm:pm sq:square ^2:square ^3:cubic st:th nd:th "
+    "rd:th th:th cup:cup egg:egg men:man %:percent °:degree $:dollar per:per of:of").split())
 SCALES = {"hundred": 10 ** 2, "thousand": 10 ** 3, "million": 10 ** 6, "billion": 10 ** 9, "dozen": 12}
 # A word behind a value is its unit, but for these, which change what it says.
 NOT_UNITS = set((
-    "not minus negative plus times over squared cubed factorial half halve third quarter fourth fifth "
-    "sixth eighth tenth less more least most about wrong false either maybe divided equal point").split())
-UNICODE = str.maketrans({
-    "−": "-", "–": "-", "×": "*", "·": "*", "⋅": "*", "÷": "/", "π": r"\pi ", "∞": r"\infty ",
-    "²": "^2", "³": "^3", "±": r"\pm ", "½": r"\frac12 ", "θ": r"\theta ", "∅": r"\emptyset ",
-    "\xa0": " ", "\n": " ", "\t": " ", "\r": " "})
+    "not minus negative plus times over squared cubed factorial half halve third quarter fourth fifth sixth "
+    "eighth tenth less more least most about wrong false either maybe divided equal point").split())
+
+
+def flatten_matrix(match) -> str:
+    rows = [row.replace("&", ",") for row in match[2].split(r"\\") if row.strip()]
+    return rf" \{match[1]}matrix({len(rows)},{','.join(rows)})"        # the number of rows, then the entries
+
+
 # What one token cannot show. 1,234 is one number, but (1,234) is a pair; 0.1\overline{6} is a fraction.
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
-    (r"^\s*(?i:(?:the )?(?:final )?answer(?: is|:)|an? (?=[a-z]{3}))|[\s.,;]+$", ""),
+    (r"^\s*(?i:(?:the )?(?:final )?answer(?: is|:)|an? (?!and\b)(?=[a-z]{3}))|[\s.,;]+$", ""),
+    ("½", r"\\frac12 "), ("²", "^2"), ("³", "^3"), ("(?<=[eE^{])[−–]", "-"),
     (r"(?<!\\)sqrt\s*(\d+)|√\s*(\d+)", r"\\sqrt{\1\2}"),
     (r"(?<![\w\\])([A-Za-z])(?:\^\{-1\})?\([^()=<>]*\)\s*=", r"\1="),   # f(2) = 5 names a value
     (r"\b([ap])\.\s?m\b\.?", r"\1m"), (r"\bmph\b", "miles per hour"),
@@ -743,11 +758,17 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"°\s*(?:C\b|F\b|\\text\s*\{\s*[CF]\s*\})", "°"),
     (r"\\(?:text|mathrm|operatorname|mbox|textbf|textit|textrm|textnormal)\s*\{([^{}]*)\}", r' "\1" '),
     (r"\\mathbb\s*\{?R\}?|ℝ", r"(-\\infty,\\infty)"),
-    (r"\\(begin|end)\s*\{([pbBvV]?)(?:small)?(?:matrix|array)\}(?:\{[clr|]*\})?", r"\\\1\2matrix "),
     (r"(?<![\d,.(\[])(?<!\\\{)\d{1,3}(?:(?:\{,\}|,?\\[,!]\s?|,)\d{3})+(?!\d|,\d)",
      lambda m: re.sub(r"\D", "", m[0])),
     (r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{(\d+)\}", lambda m: "({}/{})".format(
-        int(m[1] + m[2] + m[3]) - int("0" + m[1] + m[2]), (10 ** len(m[3]) - 1) * 10 ** len(m[2]))))]
+        int(m[1] + m[2] + m[3]) - int("0" + m[1] + m[2]), (10 ** len(m[3]) - 1) * 10 ** len(m[2]))),
+    (r"(?<![\d.])(\d+)\s+(\d+)\s*/\s*(\d+)", r"\1\\frac{\2}{\3}"),       # 3 1/2 is 3.5
+    (r"\\begin\{[pbB]?(v?)(?:small)?(?:matrix|array)\}(?:\{[clr|]*\})?(.*?)\\end\{\w*\}", flatten_matrix),
+    (r"\\l(floor|ceil)(?![a-z])", r"\\\1("), (r"\\r(?:floor|ceil)(?![a-z])", ")"),
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|boxed|fbox|math(?:bf|it|cal)|boldsymbol|vec|hat|"
+     r"rm|bf|allowbreak|q?quad|angle|triangle)(?![A-Za-z])|\\[()\[\],;:!\s]|~", " "),       # says nothing
+    (r"\\(?:[lr]?vert|mid)(?![a-z])", "|"),              # a bar that closes stands behind an operand
+    *[(r"\|([^|]*[^|\s({\[,=<>+*/^-])\s*\|", r"\\abs(\1)")] * 3)]
 TOKEN = re.compile(r"""\d[\dA-F]*_(?:\{\d+\}|\d)|(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,2}(?!\d))?"""
                    r"""|"[^"]*"|\\[A-Za-z]+|\\.|[A-Za-z]+|\*\*|<=|>=|!=|\.\.\.|\S""")
 
@@ -755,9 +776,9 @@ TOKEN = re.compile(r"""\d[\dA-F]*_(?:\{\d+\}|\d)|(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][
 @functools.lru_cache(maxsize=2 ** 14)                   # a reference is read once for its whole group
 def tokenize(text: str) -> tuple[str, ...]:
     """Numbers, operators, \\commands, single letters, and words marked by a leading quote."""
-    text = text.translate(UNICODE)
-    if len(text) > 400 or not text.isprintable() or re.search(r"\d{61}", text):
-        raise ValueError("too long, or holds control characters")
+    text = re.sub(r"\s", " ", text)
+    printable = len(text) <= MAX_CHARACTERS and text.isprintable()
+    require(printable and not re.search(r"\d{61}", text), "not an answer")
     if (text.count("$") - text.count(r"\$")) % 2 == 0:            # $...$ is mathematics, a single $ is money
         text = re.sub(r"(?<!\\)\$", "", text)
     for pattern, replacement in REWRITES:
@@ -766,124 +787,84 @@ def tokenize(text: str) -> tuple[str, ...]:
     for token in TOKEN.findall(text):
         quoted = token[0] == '"' and len(token) > 1
         for part in TOKEN.findall(token[1:-1]) if quoted else [token]:
-            part = "\\" + part if "\\" + part in NAMES else part
-            if quoted and part in ("a", "an", "the"):
-                continue
+            part = "\\" + part if "\\" + part in WORDS and part != "sec" else part
             if not (part.isascii() and part.isalpha()):
                 tokens.append(ALIASES.get(part, part))
             elif part.lower() in ("and", "or"):
                 tokens.append(",")
-            elif len(part) > 3 or (part in UNITS or quoted) and (part in UNITS and quoted or len(part) > 1):
-                tokens.append('"' + part.lower())
-            else:                                       # xy = yx, but AB is one name: ABC is not ACB
+            elif len(part) > 3 or quoted + (part in UNITS) + (len(part) > 1) >= 2:
+                tokens += ['"' + part.lower()] if part not in ("an", "the") else []
+            elif not (quoted and part == "a"):          # xy = yx, but AB is one name: ABC is not ACB
                 tokens += part if part.islower() else [part]
-    return tuple(token for token in tokens if token != "drop")
-
-
-def node(head, *args):
-    """An unevaluated sympy expression: simplifying a hostile one can take sympy for ever."""
-    if not all(isinstance(arg, (sympy.Expr, int)) for arg in args):
-        raise ValueError("structures cannot be calculated with")
-    return head(*map(sympy.sympify, args), evaluate=False)
-
-
-def multiply(left, right):
-    """left * right, where one of them may be a matrix; the negative of a number is a number."""
-    for factor, matrix in ((left, right), (right, left)):
-        if isinstance(matrix, tuple) and matrix[0].startswith("matrix"):
-            return matrix[:1] + tuple(multiply(factor, entry) for entry in matrix[1:])
-    return -right if left == -1 and getattr(right, "is_Number", False) else node(sympy.Mul, left, right)
+    return tuple(tokens)
 
 
 class AnswerParser:
     """Recursive descent from tokens to a value. The grammar is closed: the text is read, never evaluated.
 
-    A value is a sympy expression or a structure, a tuple of its kind and its parts: ("()", a, b) and the
-    other pairs of brackets are ordered tuples or intervals, ("{}", ...) is a set,
-    (",", ...) an unordered list,
-    ("=", name, value) a named value or an equation, ("<", a) says a < 0, ("matrix2", ...) has two rows,
-    ("unit", unit, value), ("text", words), ("base", digits, base). ValueError: not in the grammar.
+    A value is a sympy expression or a structure, a tuple of its kind and its parts: ("()", a, b) and other
+    pairs of brackets are ordered tuples or intervals, ("{}", ...) is a set, (",", ...) an unordered list,
+    ("=", name, value) a named value or an equation, ("<", a) says a < 0, ("matrix", rows, *entries),
+    ("unit", unit, value), ("text", words), (":", a, b). ValueError: not in the grammar.
     """
 
-    def __init__(self, tokens: tuple[str, ...]):
-        self.tokens, self.position, self.depth = list(tokens) + [""], 0, 0
-        self.sign, self.plus_minus = 1, False                # what \pm means in this pass, whether it was met
-        self.in_bars = self.in_function = False
+    def __init__(self, tokens):
+        self.tokens, self.depth, self.operators = [*tokens, ""][::-1], 0, OPERATORS
+        self.take = self.tokens.pop
 
     @property
     def next(self) -> str:
-        return self.tokens[self.position]
-
-    def take(self) -> str:
-        self.position += 1
-        return self.tokens[self.position - 1]
+        return self.tokens[-1]
 
     def accept(self, *tokens: str) -> str:
         return self.take() if self.next in tokens else ""
 
-    def require(self, condition, reason: str = "not in the grammar"):
-        if not condition:
-            raise ValueError(f"{reason} at token {self.position}")
-
-    def parse(self):
-        items = self.items(expand=True)
-        self.require(not self.next)
-        return items[0] if len(items) == 1 else (",", *items)
-
-    def items(self, expand: bool) -> list:
-        """Separated values. With `expand`, an item with \\pm counts twice, once for each sign."""
-        values = []
-        while not values or self.accept(",", ";", "∪"):
-            if values:
-                self.accept(",")                             # "a, and b"
-            start, self.plus_minus = self.position, self.plus_minus and not expand
+    def bracket(self, opening: str):
+        """Separated values up to the closing bracket."""
+        values = [self.relation()]
+        while self.accept(",", ";", "∪"):
+            self.accept(",")                                 # "a, and b"
             values.append(self.relation())
-            if expand and self.plus_minus:
-                self.position, self.sign = start, -1
-                values.append(self.relation())
-                self.sign = 1
-            self.require(len(values) <= 20, "too many items")
-        return values
+            require(len(values) <= 20, "too many items")
+        pair = opening[-1] + self.take()[-1:]
+        require(pair in ("()", "(]", "[)", "[]", "{}"), "unbalanced brackets")
+        if len(values) == 1 and pair not in ("(]", "[)"):
+            return values[0]
+        return ("," if opening == "{" else pair, *values)
 
     def relation(self):
         """x = 5 and x in S name a value; x < 5 is x in (-oo, 5); a chain of equations has to be true."""
-        values, relations = [self.quantity()], ""
+        values, marks = [self.quantity()], ""
         while mark := self.accept(*"=∈<>≤≥≠:"):
-            relations += mark
+            marks += mark
             values.append(self.quantity())
-        if not relations:
-            return values[0]
-        if set(relations) == {":"}:
-            return (":", *values)
-        if set(relations) <= {"=", "∈"}:
+        if set(marks) <= {":"}:
+            return (":", *values) if marks else values[0]
+        if set(marks) <= {"=", "∈"}:
             first, *rest = values if has_symbols(values[0]) else values[::-1]
-            self.require(all(same(rest[0], value) for value in rest[1:]), "a chain of unequal values")
-            if has_symbols(first):
-                return ("=", first, rest[-1])
-            self.require(same(first, rest[0]), "a false equation")
-            return rest[0]
-        if set(relations) <= {">", "≥"}:
-            values, relations = values[::-1], relations[::-1].translate(str.maketrans(">≥", "<≤"))
-        if set(relations) <= {"<", "≤"} and len(values) < 4:
-            if len(values) == 2 and is_name(values[0]):
-                values, relations = [-sympy.oo, *values], "<" + relations
-            elif len(values) == 2 and is_name(values[1]):
-                values, relations = [*values, sympy.oo], relations + "<"
-            low, name, high = values if len(values) == 3 else (None, None, None)
-            if is_name(name) and not has_symbols(low) and not has_symbols(high):
-                return ("=", name, ("(["[relations[0] == "≤"] + ")]"[relations[1] == "≤"], low, high))
-        self.require(len(relations) == 1, "a chain of relations")
-        return (relations, node(sympy.Add, values[0], multiply(-1, values[1])))
+            require(all(same(rest[0], value) for value in rest[1:]), "a chain of unequal values")
+            require(has_symbols(first) or same(first, rest[0]), "a false equation")
+            return ("=", first, rest[-1]) if has_symbols(first) else rest[0]
+        if set(marks) <= {">", "≥"}:
+            values, marks = values[::-1], marks[::-1].translate(str.maketrans(">≥", "<≤"))
+        if set(marks) <= {"<", "≤"} and len(values) <= 3:
+            open_end = len(values) == 2
+            chain, links = ([-sympy.oo, *values, sympy.oo], f"<{marks}<") if open_end else (values, marks)
+            for low, name, high, left, right in zip(chain, chain[1:], chain[2:], links, links[1:]):
+                if is_name(name) and not has_symbols((low, high)):
+                    return ("=", name, ("(["[left == "≤"] + ")]"[right == "≤"], low, high))
+        require(len(marks) == 1, "a chain of relations")
+        return (marks, OPERATORS["-"][1](*values))
 
     def quantity(self):
         """Words, or an expression with its unit: money in front, any other behind."""
         if self.next[:1] == '"' and len(self.next) > 2:
-            start = self.position
-            while self.next not in ("", ",", ";", ")", "]", r"\}", "="):
-                self.take()
-            return ("text", " ".join(self.tokens[start:self.position]).replace('"', ""))
+            words = []
+            while self.next not in ("", ",", ";", ")", "]", "}", r"\}", "="):
+                words.append(self.take().strip('"'))
+            return ("text", " ".join(words))
         unit = [UNITS[self.take()]] if self.next == "$" else []
-        value = self.sum()
+        value = self.arithmetic()
         while self.next[:1] == '"' or self.next in ("%", "°") or unit and self.next in ("^", "/"):
             word = self.take().strip('"')
             if word == "^":
@@ -894,52 +875,27 @@ class AnswerParser:
                 value = multiply(value, SCALES[word])
             else:
                 unit.append(UNITS.get(word, word.removesuffix("s")))
-        self.require(not NOT_UNITS & set(unit), "a word that is no unit")
+        require(not NOT_UNITS & set(unit), "a word that is no unit")
         return ("unit", " ".join(sorted(unit)), value) if unit else value
 
-    def sum(self):
-        value = None
-        while value is None or self.next in ("+", "-", r"\pm", r"\mp"):
-            mark = self.accept("+", "-", r"\pm", r"\mp")
-            self.plus_minus |= mark in (r"\pm", r"\mp")
-            term = self.product()
-            if {"-": -1, r"\pm": self.sign, r"\mp": -self.sign}.get(mark) == -1:
-                term = multiply(-1, term)
-            value = term if value is None else node(sympy.Add, value, term)
-        return value
-
-    def product(self):
-        value = self.factor()
-        while True:
-            if self.accept("*"):
-                value = multiply(value, self.factor())
-            elif self.accept("/"):
-                value = multiply(value, node(sympy.Pow, self.factor(), -1))
-            elif self.starts_factor():
-                value = multiply(value, self.factor())
-            else:
-                return value
-
-    def starts_factor(self) -> bool:
-        """Whether juxtaposition goes on: 2x, 3(x+1), x\\sqrt2; but not 2 3."""
-        return (self.next.isalpha() or self.next in SYMBOLS | CONSTANTS.keys() | FUNCTIONS.keys()
-                or self.next == "|" and not self.in_bars or self.next in
-                ("(", "{", "[", r"\frac", r"\sqrt", r"\binom", r"\lfloor", r"\lceil", r"\beginpmatrix"))
-
-    def factor(self):
+    def arithmetic(self, level: int = 0):
+        """Precedence climbing: an operand, then what binds tighter than `level`; 2: as in sin 2x."""
         self.depth += 1
-        self.require(self.depth <= 30, "nested too deeply")
-        if sign := self.accept("-", "+"):
-            value = multiply(-1, self.factor()) if sign == "-" else self.factor()
+        require(self.depth <= 40, "nested too deeply")
+        if sign := self.accept("+", "-"):
+            value = self.arithmetic(max(level, 1))
+            value = multiply(-1, value) if sign == "-" else value
         else:
             value = self.atom()
-            while self.next == "!" or self.next == "°" and self.in_function:
-                value = (node(sympy.factorial, value) if self.take() == "!" else
-                         node(sympy.Mul, value, sympy.pi, sympy.Rational(1, 180)))
-            if self.accept("^"):
-                value = node(sympy.Pow, value, self.factor())
-        self.depth -= 1
-        return value
+        while True:
+            juxtaposed = (self.next.isalpha() or self.next in STARTERS) and not (
+                level == 2 and (self.next in FUNCTIONS or self.next in ("(", "[")))
+            rank, operation = self.operators.get(self.next, (3 * juxtaposed, multiply))
+            if rank <= level:
+                self.depth -= 1
+                return value
+            self.accept(*self.operators)
+            value = operation(value, *(() if rank == 5 else [self.arithmetic(1 if rank == 1 else 3)]))
 
     def atom(self):
         token = self.take()
@@ -947,112 +903,82 @@ class AnswerParser:
             return self.number(token)
         if token in ("(", "[", "{", r"\{"):
             return self.bracket(token)
-        if token in ("|", r"\lfloor", r"\lceil"):
-            outer, self.in_bars = self.in_bars, token == "|"
-            value, self.in_bars = self.sum(), outer
-            self.require(self.take() == {"|": "|"}.get(token, token.replace(r"\l", r"\r")))
-            return node({"|": sympy.Abs, r"\lfloor": sympy.floor, r"\lceil": sympy.ceiling}[token], value)
-        if token == r"\frac":
-            return multiply(self.argument(), node(sympy.Pow, self.argument(), -1))
-        if token == r"\binom":
-            return node(sympy.binomial, self.argument(), self.argument())
+        if token in (r"\matrix", r"\vmatrix"):
+            return (token[1:], *self.bracket(self.take())[1:])
+        if token in COMMANDS:
+            return COMMANDS[token](self.argument(), self.argument())
         if token == r"\sqrt":
-            root = self.bracket("[") if self.accept("[") else sympy.Integer(2)
-            exponent = 1 / root if getattr(root, "is_Integer", False) and root else node(sympy.Pow, root, -1)
-            return node(sympy.Pow, self.argument(), exponent)
+            root = self.bracket("[") if self.accept("[") else 2
+            return node(sympy.Pow, self.argument(), node(sympy.Pow, root, -1))
         if token in FUNCTIONS:
             return self.function(token)
-        if token in CONSTANTS:
-            return CONSTANTS[token]
-        if token.startswith(r"\begin"):
-            return self.matrix(token.removeprefix(r"\begin"))
+        if token in NUMBERS:
+            return NUMBERS[token]
         name = token.strip('"')
-        self.require(name.isalpha() and len(name) < 4 or token in SYMBOLS)
-        if self.accept("_"):
-            name += "_" + str(self.argument())
+        require(name.isalpha() and len(name) < 4 or token in SYMBOLS, "an unknown symbol")
+        name += "_" + str(self.argument()) if self.accept("_") else ""
         while self.accept("'"):
             name += "'"
         return sympy.Symbol(name)
 
     def number(self, token: str):
-        if "_" in token:
-            digits, base = token.split("_")
-            return ("base", digits.lstrip("0"), base.strip("{}"))
-        value = sympy.Rational(Fraction(token))
-        if value.is_Integer and self.next == r"\frac":       # 3\frac12 is 3.5
-            part = self.atom()
-        elif value.is_Integer and self.next.isdecimal() and self.tokens[self.position + 1] == "/":   # 3 1/2
-            part = multiply(self.atom(), node(sympy.Pow, self.take() and self.atom(), -1))
-        else:
+        if "_" in token:                                     # 52_8, in base 8: a name that nothing else has
+            return sympy.Symbol(re.sub("^0+|[{}]", "", token))
+        value = sympy.Rational(token)
+        if not value.is_Integer or self.next != r"\frac":
             return value
-        mixed = not has_symbols(part) and 0 < MP.re(numeric_value(part, {})) < 1
+        part = self.atom()                                   # 3\frac12 is 3.5
+        mixed = not has_symbols(part) and 0 < MP.re(numeric_value(part, CONSTANTS)) < 1
         return node(sympy.Add if mixed else sympy.Mul, value, part)
 
     def argument(self):
         """What a \\command takes: a braced group or, as in TeX, the next single digit or symbol."""
-        if self.next.isdecimal() and len(self.next) > 1:
-            digit, self.tokens[self.position] = self.next[0], self.next[1:]
-            return sympy.Integer(digit)
+        if self.next.isdecimal():
+            digits = self.take()
+            self.tokens += [digits[1:]] if digits[1:] else []
+            return sympy.Integer(digits[0])
         return self.atom()
-
-    def bracket(self, opening: str):
-        outer, self.in_bars = self.in_bars, False
-        values = self.items(expand=opening == r"\{")
-        self.in_bars, pair = outer, opening[-1] + self.take()[-1:]
-        self.require(pair in ("()", "(]", "[)", "[]", "{}"), "unbalanced brackets")
-        if len(values) == 1 and (opening == "{" or pair in ("()", "[]")):
-            return values[0]
-        return ("," if opening == "{" else pair, *values)
 
     def function(self, name: str):
         """\\sin^2 x, \\log_2 8, \\cos 2x: the argument is a bracket or the product that follows."""
-        base = self.argument() if name == r"\log" and self.accept("_") else sympy.Integer(10)
-        exponent = self.factor() if self.accept("^") else None
-        outer, self.in_function = self.in_function, True
-        bracketed = self.next in ("(", "{", "[")
-        value = self.atom() if bracketed else self.factor()
-        while not bracketed and self.starts_factor() and self.next not in FUNCTIONS.keys() | {"(", "["}:
-            value = multiply(value, self.factor())
-        self.in_function = outer
+        base = self.argument() if name == r"\log" and self.accept("_") else 10
+        exponent = self.arithmetic(3) if self.accept("^") else 1
+        outer, self.operators = self.operators, OPERATORS | DEGREE
+        value = self.atom() if self.next in ("(", "{", "[") else self.arithmetic(2)
+        self.operators = outer
         if exponent == -1 and r"\a" + name[1:] in FUNCTIONS:
             return node(FUNCTIONS[r"\a" + name[1:]], value)
         value = node(FUNCTIONS[name], value)
         if name == r"\log":
-            value = multiply(value, node(sympy.Pow, node(sympy.log, base), -1))
-        return value if exponent is None else node(sympy.Pow, value, exponent)
+            value = COMMANDS[r"\frac"](value, node(sympy.log, base))
+        return value if exponent == 1 else node(sympy.Pow, value, exponent)
 
-    def matrix(self, kind: str):
-        rows = [[]]
-        while not self.accept(r"\end" + kind):
-            rows[-1].append(self.sum())
-            if self.accept("\\\\"):
-                rows.append([])
-            else:
-                self.accept("&")
-            self.require(len(rows) <= 7 and len(rows[-1]) <= 6, "matrix too large")
-        rows = [row for row in rows if row]
-        self.require(len({len(row) for row in rows}) == 1, "ragged matrix")
-        return (("|matrix|" if kind == "vmatrix" else "matrix") + str(len(rows)), *sum(rows, []))
+
+def read(tokens: tuple[str, ...]):
+    """The value of an answer; with \\pm in it, the list of its two readings."""
+    readings = []
+    for plus, minus in ("+-", "-+") if {r"\pm", r"\mp"} & set(tokens) else ("+-",):
+        signs = {r"\pm": plus, r"\mp": minus}
+        parser = AnswerParser(["{", *(signs.get(token, token) for token in tokens), "}"])
+        readings.append(parser.atom())
+        require(not parser.next, "text behind the answer")
+    if len(readings) == 1:
+        return readings[0]
+    lists = [v[1:] if isinstance(v, tuple) and v[0] in (",", "{}") else (v,) for v in readings]
+    return (",", *dict.fromkeys(lists[0] + lists[1]))
 
 
 def has_symbols(value) -> bool:
     if isinstance(value, tuple):
-        return any(map(has_symbols, value[1:]))
-    return isinstance(value, sympy.Expr) and bool(value.free_symbols)
+        return any(map(has_symbols, value))
+    return bool(getattr(value, "free_symbols", ()))
 
 
 def is_name(value) -> bool:
     """x, AB, a + b or (x, y): what may stand before "=" without being part of the answer; not 2x or x^2."""
     if isinstance(value, tuple):
         return value[0] == "()" and all(map(is_name, value[1:]))
-    return isinstance(value, sympy.Expr) and bool(value.free_symbols) and not value.atoms(sympy.Number)
-
-
-def bits(number) -> int:
-    """Size of a value as a power of two; of a fraction, of its larger half."""
-    if isinstance(number, Fraction):
-        return max(number.numerator.bit_length(), number.denominator.bit_length())
-    return int(MP.mag(number)) if number else 0
+    return has_symbols(value) and not value.atoms(sympy.Number)
 
 
 def numeric_value(expr, point: dict):
@@ -1062,87 +988,70 @@ def numeric_value(expr, point: dict):
     """
     if expr.is_Rational:
         return Fraction(expr.p, expr.q)
-    if expr.is_Symbol:
-        return point[expr]
     if not expr.args:
-        return NUMERIC_CONSTANTS[expr]
-    args = [numeric_value(arg, point) for arg in expr.args]
-    if type(expr) not in ARITHMETIC and bits(args[0]) > 512:
-        raise ValueError("argument too large")
-    value = OPERATIONS[type(expr)](*args)
-    if not MP.isfinite(value) or abs(bits(value)) > MAX_BITS:
-        raise ValueError("number too large")
+        return point[expr]
+    head, args = type(expr), [numeric_value(arg, point) for arg in expr.args]
+    require(head not in TRANSCENDENTAL or bits(args[0]) <= 512, "argument too large")
+    small = all(isinstance(arg, Fraction) and arg in range(61) for arg in args)
+    require(small or head not in COUNTING, "not small whole numbers")
+    value = OPERATIONS[head](*args)
+    require(MP.isfinite(value) and abs(bits(value)) <= MAX_BITS, "number too large")
     return value
 
 
-def same_expression(a, b) -> bool:
+def same_expression(a, b, up_to_factor: bool = False) -> bool:
     """Whether a = b at random points of both signs: exactly where both are rational, else to 200 digits.
 
     Two expressions of this grammar that agree at six random points agree everywhere. Where some of the values
-    are real, only these count: sqrt(1/n) is 1/sqrt(n).
+    are real, only these count: sqrt(1/n) is 1/sqrt(n). `up_to_factor`: a = c b with a constant c will do.
     """
     if {sympy.oo, -sympy.oo} & (a.atoms() | b.atoms()):
         return False                                         # equal infinities were found equal before
     symbols, rng = sorted(a.free_symbols | b.free_symbols, key=str), random.Random(0)
-    verdicts = {True: [], False: []}                         # by "both values are real"
-    for signs in ((1,), (-1,), (1, -1), (1, -1), (1, -1), (1, -1)) if symbols else ((1,),):
-        point = {symbol: Fraction(rng.choice(signs) * (2 * rng.randrange(10 ** 6) + 1), 10 ** 6)
-                 for symbol in symbols}
+    verdicts, scale = {True: [], False: []}, None            # by "both values are real"
+    for signs in ((1,), (-1,), *[(1, -1)] * 4) if symbols else ((1,),):
+        point = CONSTANTS | {symbol: Fraction(rng.choice(signs) * (2 * rng.randrange(10 ** 6) + 1), 10 ** 6)
+                             for symbol in symbols}
         x, y = numeric_value(a, point), numeric_value(b, point)
-        if isinstance(x, Fraction) and isinstance(y, Fraction):
-            equal = x == y
-        else:
-            x, y = MP.convert(x), MP.convert(y)
-            equal = abs(x - y) <= TOLERANCE * max(1, abs(x), abs(y))
-        real = max(abs(MP.im(x)), abs(MP.im(y))) < TOLERANCE
+        if up_to_factor:
+            scale = scale or (x, y)
+            if not all(isinstance(value, Fraction) and value for value in scale):
+                return False
+            x, y = x * scale[1], y * scale[0]
+        u, v = MP.convert(x), MP.convert(y)
+        exact = isinstance(x, Fraction) and isinstance(y, Fraction)
+        equal = x == y if exact else abs(u - v) <= TOLERANCE * max(1, abs(u), abs(v))
+        real = max(abs(MP.im(u)), abs(MP.im(v))) < TOLERANCE
         if real and not equal:
             return False
         verdicts[real].append(equal)
-    return bool(verdicts[True]) or all(verdicts[False])
-
-
-def proportional(a, b) -> bool:
-    """Whether a = c b with a constant c != 0: then a = 0 and b = 0 are one equation."""
-    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
-    point = {symbol: Fraction(k + 2, 7) for k, symbol in enumerate(symbols)}
-    x, y = numeric_value(a, point), numeric_value(b, point)
-    return bool(isinstance(x, Fraction) and isinstance(y, Fraction) and x and y
-                and same_expression(multiply(a, sympy.Rational(y)), multiply(b, sympy.Rational(x))))
+    return all(verdicts[True] or verdicts[False])
 
 
 def same(a, b) -> bool:
     """Equality of two values: structure here, algebra in `same_expression`."""
-    if isinstance(a, str) or isinstance(b, str) or a == b:
+    if isinstance(a, str) or a == b:
         return a == b
-    if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr):
-        return same_expression(a, b)
     kind, other = (value[0] if isinstance(value, tuple) else "" for value in (a, b))
     for mark in ("=", "unit"):                               # x = 5 is 5; 5 cm is 5, but not 5 m
         if (kind == mark) != (other == mark):
             wrapped, value = (a, b) if kind == mark else (b, a)
             return (mark == "unit" or is_name(wrapped[1])) and same(wrapped[2], value)
-    if not kind or not other:                                # {5} is 5
-        structure, value = (a, b) if kind else (b, a)
-        return structure[0] == "{}" and len(structure) == 2 and same(structure[1], value)
+    if not kind or not other:
+        return kind == other and same_expression(a, b)
     if kind == other == "=" and not same(a[1], b[1]):
-        return proportional(*(node(sympy.Add, v[1], multiply(-1, v[2])) for v in (a, b)))
-    if len(a) != len(b):
+        return same_expression(*(OPERATORS["-"][1](*value[1:]) for value in (a, b)), up_to_factor=True)
+    if len(a) != len(b) or kind != other and {kind, other} not in ({",", "{}"}, {",", "()"}):
         return False
-    if {kind, other} <= {",", "{}"}:                         # unordered: strike out one by one
-        rest = list(b[1:])
-        for value in a[1:]:
-            match = next((i for i, candidate in enumerate(rest) if same(value, candidate)), None)
-            if match is None:
-                return False
-            rest.pop(match)
-        return True
-    return (kind == other or {kind, other} == {",", "()"}) and all(map(same, a[1:], b[1:]))
-
-
-def plain_words(text: str) -> str:
-    """The letters of a text answer ("\\text{No}" and "no." are one), or "" if it holds anything else."""
-    letters = re.sub(r"\\(?:text|mathrm|mbox|textbf)\b|[\s{}.\"$']", "", text).casefold()
-    return letters if len(letters) > 1 and letters.isalpha() else ""
+    if "()" in (kind, other) or kind not in (",", "{}"):
+        return all(map(same, a[1:], b[1:]))
+    rest = list(b[1:])                                       # unordered: strike out one by one
+    for value in a[1:]:
+        match = next((candidate for candidate in rest if same(value, candidate)), None)
+        if match is None:
+            return False
+        rest.remove(match)
+    return True
 
 
 @functools.lru_cache(maxsize=2 ** 16)                             # a group repeats its answers
@@ -1150,55 +1059,18 @@ def compare(predicted: str, answer: str) -> str:
     """The outcome of reading both and comparing them: "right", "wrong", "unparsable" or "error"."""
     try:
         left, right = tokenize(predicted), tokenize(answer)
-        if left == right != () or plain_words(predicted) == plain_words(answer) != "":
+        word, other = ("".join(tokens).replace('"', "").casefold() for tokens in (left, right))
+        if left == right != () or word == other and len(word) > 1 and word.isalpha():
             return "right"
         if choice := re.fullmatch(r"\(?([A-Z])\)?", "".join(right)):       # "(C) 12" is choice C
             chosen = re.match(r"\(?([A-Z])[).:]", "".join(left))
             if chosen and not {",", "("} & set(left[2:]):
                 return "right" if chosen[1] == choice[1] else "wrong"
-        return "right" if same(AnswerParser(left).parse(), AnswerParser(right).parse()) else "wrong"
+        return "right" if same(read(left), read(right)) else "wrong"
     except (ValueError, ZeroDivisionError):
         return "unparsable"
     except Exception:                 # the one fence, for mistakes here or in sympy: counted, never hidden
         return "error"
-
-
-COUNTDOWN_OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-                        ast.Div: operator.truediv}
-
-
-def answers_equal(predicted: str, answer: str) -> bool:
-    """Whether two answers in plain text or LaTeX mean the same; False for whatever cannot be read.
-
-    Exact for rationals: 0.333 is not 1/3. A unit, a name ("x =") or money may be missing on one side but not
-    differ; tuples and intervals are ordered, sets and lists are not. Never raises; bounded in time by caps,
-    without clocks, signals or processes, so it works in threads, in notebooks and on Windows.
-    """
-    return max(len(predicted), len(answer)) <= 300 and compare(predicted, answer) == "right"
-
-
-def countdown_equal(expression: str, numbers: tuple[int, ...], target: str | int) -> bool:
-    """Whether `expression` uses each of `numbers` exactly once, with + - * / and brackets, to make `target`.
-
-    Exact (Fraction). "= value" may follow if it is the target. The syntax tree is walked, never evaluated.
-    """
-    formula, *stated = expression.translate(str.maketrans("x×÷−", "**/-")).split("=")
-    if len(expression) > 200 or len(stated) > 1 or re.search(r"[^\d\s+\-*/().]|\*\s*\*|/\s*/", formula):
-        return False
-    used = []
-
-    def value(node) -> Fraction:
-        if isinstance(node, ast.Constant) and type(node.value) is int:
-            used.append(node.value)
-            return Fraction(node.value)
-        operation = COUNTDOWN_OPERATIONS[type(node.op)]          # KeyError: any other operator
-        return operation(value(node.left), value(node.right))
-
-    try:
-        result = value(ast.parse(formula.strip(), mode="eval").body)
-        return sorted(used) == sorted(numbers) and all(int(x) == result for x in (target, *stated))
-    except (SyntaxError, ArithmeticError, ValueError, KeyError, AttributeError, RecursionError, MemoryError):
-        return False
 
 
 def verify(predicted: str | None, problem: Problem) -> str:
@@ -1212,20 +1084,49 @@ def verify(predicted: str | None, problem: Problem) -> str:
         return "right" if countdown_equal(predicted, problem.numbers, problem.answer) else "wrong"
     if problem.task == "code":
         return run_tests(predicted, problem.tests)
-    if max(len(predicted), len(problem.answer)) > 300:
-        return "unparsable"
-    return compare(predicted, problem.answer)
+    return compare(predicted[:MAX_CHARACTERS + 1], problem.answer[:MAX_CHARACTERS + 1])
+
+
+def answers_equal(predicted: str, answer: str) -> bool:
+    """Whether two answers in plain text or LaTeX mean the same; False for whatever cannot be read.
+
+    Exact for rationals: 0.333 is not 1/3. A unit, a name ("x =") or money may be missing on one side but not
+    differ; tuples and intervals are ordered, sets and lists are not. Never raises; bounded in time by caps,
+    without clocks, signals or processes, so it works in threads, in notebooks and on Windows.
+    """
+    return verify(predicted, Problem("", answer)) == "right"
+
+
+def countdown_equal(expression: str, numbers: tuple[int, ...], target: str | int) -> bool:
+    """Whether `expression` uses each of `numbers` exactly once, with + - * / and brackets, to make `target`.
+
+    Exact (Fraction). "= value" may follow if it is the target. The syntax tree is walked, never evaluated.
+    """
+    formula, *stated = expression.translate(str.maketrans("x×÷−", "**/-")).split("=")
+    if len(expression) > 200 or len(stated) > 1 or re.search(r"[^\d\s+\-*/().]|\*\s*\*|/\s*/", formula):
+        return False
+    used, operations = [], {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+                            ast.Div: operator.truediv}
+
+    def value(node) -> Fraction:
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            used.append(node.value)
+            return Fraction(node.value)
+        return operations[type(node.op)](value(node.left), value(node.right))     # KeyError: no such operator
+
+    try:
+        result = value(ast.parse(formula.strip(), mode="eval").body)
+        return sorted(used) == sorted(numbers) and all(int(x) == result for x in (target, *stated))
+    except (SyntaxError, ArithmeticError, ValueError, KeyError, AttributeError, RecursionError, MemoryError):
+        return False
 
 
 def check_references(problems: list[Problem]) -> list[Problem]:
     """The problems no completion could ever solve: the reference does not verify against itself."""
-    def usable(problem: Problem) -> bool:
-        if problem.task == "code":
-            return bool(problem.tests)
-        if problem.task == "countdown":
-            return bool(problem.numbers) and problem.answer.lstrip("-").isdigit()
-        return verify(problem.answer, problem) == "right"
-    return [problem for problem in problems if not usable(problem)]
+    usable = {"code": lambda problem: problem.tests,
+              "countdown": lambda problem: problem.numbers and problem.answer.lstrip("-").isdigit()}
+    default = lambda problem: verify(problem.answer, problem) == "right"
+    return [problem for problem in problems if not usable.get(problem.task, default)(problem)]
 
 
 def grade(completion: str, problem: Problem, lenient: bool = False) -> str:
@@ -1242,13 +1143,11 @@ def accuracy_reward(completion: str, problem: Problem) -> float:
 def format_reward(completion: str, problem: Problem) -> float:
     """1 if the text is <think> thinking </think> followed by something, each tag once, else 0 [R1 2.2.2].
 
-    Where the prompt ends in a prefilled <think>, pass it in front of the completion. The paper asks for no
-    <answer> tags here: without them there is no accuracy.
+    Where the prompt ends in a prefilled <think>, pass it in front of the completion.
     """
-    start, opened, rest = completion.partition("<think>")
-    thinking, closed, final = rest.partition("</think>")
+    parts = re.fullmatch(r"\s*<think>(.*)</think>(.*)", completion, re.DOTALL)
     once = completion.count("<think>") == completion.count("</think>") == 1
-    return float(bool(once and closed and not start.strip() and thinking.strip() and final.strip()))
+    return float(bool(once and parts and parts[1].strip() and parts[2].strip()))
 
 
 def language_reward(completion: str, problem: Problem, language: str = "en") -> float:
@@ -1257,8 +1156,8 @@ def language_reward(completion: str, problem: Problem, language: str = "en") -> 
     One CJK ideograph is a word, and so is a run of other letters; numbers and LaTeX are neutral.
     No words at all: 1.0, neutral, as nothing is in another language.
     """
-    thinking = completion.rpartition("</think>")[0] or completion
-    thinking = re.sub(r"\$[^$]*\$|\\[A-Za-z]+|<[^<>\s]*>", " ", thinking.rpartition("<think>")[2])
+    thinking = (completion.rpartition("</think>")[0] or completion).rpartition("<think>")[2]
+    thinking = re.sub(r"\$[^$]*\$|\\[A-Za-z]+|<[^<>\s]*>", " ", thinking)
     words = re.findall(r"[\u3400-\u9fff]|[^\W\d_\u3400-\u9fff]+", thinking)
     script = {"en": "LATIN", "zh": "CJK"}[language]
     in_target = [unicodedata.name(word[0], "").startswith(script) for word in words]
@@ -1277,14 +1176,11 @@ def extract_program(completion: str) -> str | None:
 TEST_RUNNER = """
 import json, os, runpy, sys
 seconds, megabytes, asserts = map(int, sys.argv[1:])
-try:
+try:                                                # AS last: not every system has it
     import resource
-    for name, value in dict(AS=megabytes << 20, CPU=seconds, FSIZE=1 << 24, NPROC=64, CORE=0).items():
-        try:
-            resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
-        except (AttributeError, ValueError, OSError):
-            pass
-except ImportError:
+    for name, value in dict(CPU=seconds, FSIZE=1 << 24, CORE=0, NPROC=64, AS=megabytes << 20).items():
+        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
+except (ImportError, AttributeError, ValueError, OSError):
     pass
 if not asserts:
     runpy.run_path("program.py", run_name="__main__")
@@ -1303,16 +1199,15 @@ else:
 
 def run_contained(program: str, stdin: str, asserts: bool, time_limit_seconds: float, memory_limit_mb: int):
     """(exit status, start of the output) of a program in a child process; status None is a time-out."""
+    limits = [str(int(time_limit_seconds) + 1), str(memory_limit_mb), str(int(asserts))]
     with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
           tempfile.TemporaryFile() as output):
         with open(os.path.join(folder, "program.py"), "w", encoding="utf-8") as file:
             file.write(program)
-        limits = [str(int(time_limit_seconds) + 1), str(memory_limit_mb), str(int(asserts))]
         process = subprocess.Popen(
-            [sys.executable, "-I", "-c", TEST_RUNNER, *limits], cwd=folder,
-            # Windows does not start without SYSTEMROOT
-            env={name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ},
-            close_fds=True, start_new_session=True,
+            [sys.executable, "-I", "-c", TEST_RUNNER, *limits],
+            cwd=folder, start_new_session=True, close_fds=True,
+            env={name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ},    # for Windows
             stdin=subprocess.PIPE, stdout=output, stderr=subprocess.DEVNULL)
         try:
             process.communicate(stdin.encode(), timeout=time_limit_seconds)
@@ -1320,10 +1215,9 @@ def run_contained(program: str, stdin: str, asserts: bool, time_limit_seconds: f
         except subprocess.TimeoutExpired:
             status = None
         finally:
-            try:                                    # the whole group: what the program started dies with it
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                # the whole group: what the program started dies with it
                 os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
-            except (ProcessLookupError, PermissionError):
-                pass
             process.wait()
         output.seek(0)
         return status, output.read(1 << 20).decode(errors="replace")
@@ -1352,15 +1246,13 @@ def code_reward(completion: str, problem: Problem, time_limit_seconds: float = 5
                 memory_limit_mb: int = 512) -> float:
     """1 if the last fenced program passes all of `problem.tests`, else 0 [R1 2.2.2].
 
-    The program runs in a child process in its own session and temporary directory, without environment or
-    inherited handles, with limits on time and, where the system has them, on memory and output, and its
-    process group is killed afterwards. This is containment of accidents, not a security boundary: it has
-    the user's rights, network included. Against hostile code use a container or a virtual machine.
+    The program runs in a child process in its own process group and temporary directory, without environment
+    or inherited handles, with limits on time and, where the system has them, on memory and output, and its
+    group is killed afterwards. This is containment of accidents, not a security boundary: it has the user's
+    rights, network included. Against hostile code use a container or a virtual machine.
     """
-    program = extract_program(completion)
-    if not program:
-        return 0.0
-    return float(run_tests(program, problem.tests, time_limit_seconds, memory_limit_mb) == "right")
+    program, limits = extract_program(completion), (time_limit_seconds, memory_limit_mb)
+    return float(bool(program) and run_tests(program, problem.tests, *limits) == "right")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1863,6 +1755,15 @@ def update_policy(policy, optimizer: MasterAdamW, rollout: Rollout, cfg: Config,
     return sums
 
 
+def peak_gb(device: torch.device) -> float:
+    """GB that lay on a GPU at most since the last call; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0.0
+    peak = torch.cuda.max_memory_allocated(device) / 1e9
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
 def batch_of_problems(problems: list[Problem], step: int, cfg: Config) -> list[Problem]:
     """The questions of a step (from 1): the next ones in an order that every epoch shuffles anew.
 
@@ -1901,7 +1802,7 @@ def train_grpo(policy, tokenizer, problems: list[Problem], cfg: Config, after_st
         started, seed = time.perf_counter(), cfg.seed * 1_000_003 + step
         batch = share_of_rank(batch_of_problems(problems, step, cfg))  # q ~ P(Q)
         rollout = sample_for(policy, tokenizer, batch, cfg, cfg.group_size, seed)  # o_1 ... o_G ~ π_old(.|q)
-        sample_seconds = time.perf_counter() - started
+        sample_seconds, sample_gb = time.perf_counter() - started, peak_gb(policy.device)
         rewards, parts, outcomes = score(rollout, batch, cfg)
         rollout.advantages = group_advantages(rewards, cfg.scale_advantages).flatten().to(policy.device)
         started = time.perf_counter()
@@ -1920,6 +1821,7 @@ def train_grpo(policy, tokenizer, problems: list[Problem], cfg: Config, after_st
         unusable = 0 if math.isfinite(updates[-1]["grad_norm"]) else unusable + 1
         metrics = step_metrics(step, rollout, rewards, parts, outcomes, updates, sample_seconds,
                                time.perf_counter() - started)
+        metrics.update(sample_peak_gb=sample_gb, update_peak_gb=peak_gb(policy.device))
         get_state = lambda: dict(step=step, optimizer=optimizer.state_dict(),  # noqa: E731
                                  ref_model=ref_model.state_dict() if ref_model else None)
         if after_step and after_step(metrics, rollout, batch, get_state):
@@ -2186,6 +2088,8 @@ def prepare(cfg: Config, run: "Run"):
     if cfg.data == "countdown" and is_tiny(cfg.model):
         cfg = dataclasses.replace(cfg, data="calculator")  # Countdown in words that the embedded model knows
     device, dtype = pick_device(cfg)
+    if is_tiny(cfg.model):
+        torch.set_num_threads(1)  # its matrices are so small that waiting for a second thread costs more
     whole = cfg.eval_data is not None or cfg.stage == "eval"
     problems = load_problems(cfg.data, False, cfg.seed, whole)
     held_out = load_problems(cfg.eval_data or cfg.data, True, cfg.seed, whole)[: cfg.eval_problems]
@@ -2347,6 +2251,9 @@ class Run:
         for name in ("accuracy", "mean_tokens", "reflection", "entropy") if self.metrics else ():
             values = [row[name] for row in self.metrics]
             show(f"{name:12} {sparkline(values)} {values[0]:.2f} -> {values[-1]:.2f}")
+        if self.metrics and self.metrics[-1]["update_peak_gb"]:
+            peaks = (max(row[name] for row in self.metrics) for name in ("sample_peak_gb", "update_peak_gb"))
+            show("peak memory: sampling {:.1f} GB, update {:.1f} GB".format(*peaks))
         show(f"wrote {self.path}/ in {self.seconds():.0f} seconds")
 
     def resume_command(self) -> str:
