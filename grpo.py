@@ -2142,10 +2142,10 @@ def doctor(m: dict, cfg: Config) -> list[str]:
 
 MAY_CHANGE = ("steps", "save_every", "log_every", "sample_every")  # between a run and its resumption
 STEP_LINE = (
-    "step {step:4d}  reward {reward:.2f}  accuracy {accuracy:.2f}  format {format:.2f}  "
-    "tokens {mean_tokens:5.1f}  cut {truncated:.0%}  dead {dead_groups:.0%}  reflect {reflection:.0%}  "
-    "loss {loss:.3f}  kl {kl:.4f}  clip {clip_fraction:.1%}  grad {grad_norm:.2f}  entropy {entropy:.2f}  "
-    "tokens/s {sample_tokens_per_second:,.0f} | {update_tokens_per_second:,.0f}")
+    "step {step:4d} | reward {reward:.2f} accuracy {accuracy:.2f} format {format:.2f} | "
+    "{mean_tokens:.0f} tokens cut {truncated:.0%} reflect {reflection:.0%} dead groups {dead_groups:.0%} | "
+    "loss {loss:.3f} kl {kl:.4f} clip {clip_fraction:.1%} grad {grad_norm:.2f} entropy {entropy:.2f} | "
+    "{sample_tokens_per_second:,.0f} and {update_tokens_per_second:,.0f} tokens/s")
 
 
 def run_folder(cfg) -> Path:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import grpo  # noqa: E402
 
 SHAPES = {  # hidden, FFN, layers, heads, key-value heads, vocabulary
-    "embedded": (64, 160, 2, 4, 4, 140),
+    "embedded": (64, 384, 2, 4, 4, 163),
     "0.5B": (896, 4864, 24, 14, 2, 151_936),
     "1.5B": (1536, 8960, 28, 12, 2, 151_936),
     "3B": (2048, 11_008, 36, 16, 2, 151_936),
@@ -47,9 +47,18 @@ def random_model(shape: str, device, dtype):
     """A Qwen2 of this shape that never ends by itself: its end token is one that is hardly ever drawn."""
     hidden, ffn, layers, heads, kv_heads, vocab = SHAPES[shape]
     config = Qwen2Config(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=1, pad_token_id=1, max_position_embeddings=4096)
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=1,
+        max_position_embeddings=4096,
+    )
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="grouped")
     return model.eval()
@@ -86,9 +95,20 @@ def generate(model, tokenizer, prompts, args, cache):
     ids = torch.tensor([[0] * (width - len(e)) + e for e in encoded], device=model.device)
     mask = torch.tensor([[0] * (width - len(e)) + [1] * len(e) for e in encoded], device=model.device)
     stops = sorted(grpo.stop_token_ids(model, tokenizer))
-    out = model.generate(ids, attention_mask=mask, generation_config=GenerationConfig(
-        do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=args.completion, eos_token_id=stops,
-        pad_token_id=stops[0], cache_implementation=cache))[:, width:]
+    out = model.generate(
+        ids,
+        attention_mask=mask,
+        generation_config=GenerationConfig(
+            do_sample=True,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=0,
+            max_new_tokens=args.completion,
+            eos_token_id=stops,
+            pad_token_id=stops[0],
+            cache_implementation=cache,
+        ),
+    )[:, width:]
     ended = torch.isin(out, torch.tensor(stops, device=out.device))
     return int(torch.where(ended.any(1), ended.int().argmax(1) + 1, out.shape[1]).sum())
 
@@ -112,10 +132,20 @@ def trl_step(args, model_path: str):
         return None
     seconds = []
     config = GRPOConfig(
-        output_dir="/tmp/trl", max_steps=args.repeats + 1, num_generations=args.group_size, beta=0.001,
-        per_device_train_batch_size=min(args.rows, 32), gradient_accumulation_steps=max(1, args.rows // 32),
-        max_completion_length=args.completion, temperature=1.0, gradient_checkpointing=True, report_to=[],
-        bf16=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(), logging_steps=1)
+        output_dir="/tmp/trl",
+        max_steps=args.repeats + 1,
+        num_generations=args.group_size,
+        beta=0.001,
+        per_device_train_batch_size=min(args.rows, 32),
+        gradient_accumulation_steps=max(1, args.rows // 32),
+        max_completion_length=args.completion,
+        temperature=1.0,
+        gradient_checkpointing=True,
+        report_to=[],
+        bf16=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=1,
+    )
     started = [time.perf_counter()]
 
     def reward(completions, **_):
@@ -140,7 +170,9 @@ def main():
     parser.add_argument("--micro_batch_tokens", type=int, default=20_480)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--trl_model", help="checkpoint folder for a step of TRL's GRPOTrainer, if trl is installed")
+    parser.add_argument(
+        "--trl_model", help="checkpoint folder for a step of TRL's GRPOTrainer, if trl is installed"
+    )
     args = parser.parse_args()
     device = torch.device("cuda" if gpu else "cpu")
     dtype = torch.bfloat16 if gpu else torch.float32
@@ -156,21 +188,35 @@ def main():
         ids = torch.randint(2, min(100, SHAPES[args.shape][-1]), (count, args.prompt)).tolist()
         prompts = [" ".join(map(str, row)) for row in ids]
     parameters = model.num_parameters()
-    print(f"{torch.cuda.get_device_name() if gpu else f'CPU, {torch.get_num_threads()} threads'}, torch "
-          f"{torch.__version__}, {args.model or args.shape}: {parameters:,} weights, {dtype}; {args.rows} rows, "
-          f"{args.prompt} + {args.completion} tokens, {args.repeats} runs")
+    print(
+        f"{torch.cuda.get_device_name() if gpu else f'CPU, {torch.get_num_threads()} threads'}, torch "
+        f"{torch.__version__}, {args.model or args.shape}: {parameters:,} weights, {dtype}; {args.rows} rows, "
+        f"{args.prompt} + {args.completion} tokens, {args.repeats} runs"
+    )
     print(f"{'':54}{'tokens/s':>12}{'seconds':>10}{'peak GB':>9}")
 
     def sample(compile=False, seed=0):
-        return grpo.sample_completions(model, tokenizer, prompts, group_size=args.group_size, seed=seed,
-                                       max_completion_tokens=args.completion, compile=compile)
+        return grpo.sample_completions(
+            model,
+            tokenizer,
+            prompts,
+            group_size=args.group_size,
+            seed=seed,
+            max_completion_tokens=args.completion,
+            compile=compile,
+        )
 
     base = None
-    for name, cache in (("model.generate, dynamic cache", "dynamic"), ("model.generate, static cache", "static")):
+    for name, cache in (
+        ("model.generate, dynamic cache", "dynamic"),
+        ("model.generate, static cache", "static"),
+    ):
         if cache == "static" and not gpu:
             continue  # it compiles for minutes before it is any faster
         model.set_attn_implementation("sdpa")
-        seconds, peak, tokens = timed(lambda: generate(model, tokenizer, prompts, args, cache), args.repeats, device)
+        seconds, peak, tokens = timed(
+            lambda: generate(model, tokenizer, prompts, args, cache), args.repeats, device
+        )
         base = base or tokens / seconds
         row(name, tokens, seconds, peak, base)
     model.set_attn_implementation("grouped")
@@ -179,17 +225,33 @@ def main():
         model.grpo_decoder = None
         seconds, peak, rollout = timed(lambda: sample(compile), args.repeats, device)
         sample_seconds[compile] = seconds
-        row("sample_completions" + ", compiled" * compile, int(rollout.completion_tokens.sum()), seconds, peak, base)
+        row(
+            "sample_completions" + ", compiled" * compile,
+            int(rollout.completion_tokens.sum()),
+            seconds,
+            peak,
+            base,
+        )
     steps = int(rollout.completion_tokens.max())
     source = torch.empty(256 * 2**20 if gpu else 64 * 2**20, dtype=torch.uint8, device=device)
     copy_seconds, _, _ = timed(source.clone, 10, device)
     bandwidth = 2 * source.numel() / copy_seconds
     width = (rollout.prompt_tokens + rollout.completion_tokens).float().mean() * dtype.itemsize
-    cache_bytes = sum(2 * args.rows * width * model.config.num_key_value_heads * grpo.head_size(model.config)
-                      for _ in model.base_model.layers) / 2  # half full on average
+    cache_bytes = (
+        sum(
+            2 * args.rows * width * model.config.num_key_value_heads * grpo.head_size(model.config)
+            for _ in model.base_model.layers
+        )
+        / 2
+    )  # half full on average
     floor = steps * float(parameters * dtype.itemsize + cache_bytes) / bandwidth
-    row(f"floor: weights, keys and values at {bandwidth / 1e9:,.0f} GB/s", int(rollout.completion_tokens.sum()),
-        floor, float("nan"), base)
+    row(
+        f"floor: weights, keys and values at {bandwidth / 1e9:,.0f} GB/s",
+        int(rollout.completion_tokens.sum()),
+        floor,
+        float("nan"),
+        base,
+    )
     model.grpo_decoder = None
 
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -197,14 +259,17 @@ def main():
     rollout.old_logprobs, rollout.advantages = rollout.sample_logprobs, torch.randn(args.rows, device=device)
     all_tokens = int((rollout.prompt_tokens + rollout.completion_tokens).sum())
     chunked = grpo.token_logprobs
-    for name, logprobs, micro in (("update, log-probabilities in chunks", chunked, args.micro_batch_tokens),
-                                  ("update, all logits at once", full_logprobs, args.micro_batch_tokens),
-                                  ("update, all logits, an eighth of the micro-batch", full_logprobs,
-                                   args.micro_batch_tokens // 8)):
+    for name, logprobs, micro in (
+        ("update, log-probabilities in chunks", chunked, args.micro_batch_tokens),
+        ("update, all logits at once", full_logprobs, args.micro_batch_tokens),
+        ("update, all logits, an eighth of the micro-batch", full_logprobs, args.micro_batch_tokens // 8),
+    ):
         grpo.token_logprobs = logprobs
         cfg = grpo.make_config("none", micro_batch_tokens=micro, kl_coef=0.0)
         try:
-            seconds, peak, _ = timed(lambda: grpo.update_policy(model, optimizer, rollout, cfg, 1e-9), args.repeats, device)
+            seconds, peak, _ = timed(
+                lambda: grpo.update_policy(model, optimizer, rollout, cfg, 1e-9), args.repeats, device
+            )
         except torch.cuda.OutOfMemoryError:
             print(f"{name:54}{'out of memory':>12}")
             continue

@@ -1,5 +1,6 @@
 """Shared by all tests: tiny random models of three architectures, a real tokenizer, rollouts of random tokens, and the
 oracle for log-probabilities, a plain full forward pass of transformers with its own eager attention."""
+
 import copy
 import sys
 from pathlib import Path
@@ -39,8 +40,13 @@ def tokenizer():
     bpe.decoder = decoders.ByteLevel()
     bpe.train_from_iterator(
         ["User: What is 3 + 4? Assistant: <think> 3 + 4 is 7 </think> <answer> 7 </answer>"] * 4,
-        trainers.BpeTrainer(vocab_size=300, special_tokens=["<|end|>"], show_progress=False,
-                            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=["<|end|>"],
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>")
 
 
@@ -50,10 +56,25 @@ def make_model(tokenizer):
 
     def make(architecture="qwen2", device="cpu", dtype=torch.float32, spread=0.1, **settings):
         torch.manual_seed(0)
-        config = CONFIGS[architecture](**{**dict(
-            vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=8, max_position_embeddings=512, tie_word_embeddings=architecture == "qwen2",
-            bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id), **settings})
+        config = CONFIGS[architecture](
+            **{
+                **dict(
+                    vocab_size=320,
+                    hidden_size=32,
+                    intermediate_size=48,
+                    num_hidden_layers=2,
+                    num_attention_heads=4,
+                    num_key_value_heads=2,
+                    head_dim=8,
+                    max_position_embeddings=512,
+                    tie_word_embeddings=architecture == "qwen2",
+                    bos_token_id=None,
+                    eos_token_id=tokenizer.eos_token_id,
+                    pad_token_id=tokenizer.pad_token_id,
+                ),
+                **settings,
+            }
+        )
         model = AutoModelForCausalLM.from_config(config, attn_implementation="grouped", dtype=torch.float32)
         with torch.no_grad():
             for weight in model.parameters():  # biases and norms too, which would start at 0 and 1
@@ -68,7 +89,9 @@ def plain():
     """A function: a copy of the model that computes as transformers does by itself."""
 
     def make(model):
-        other = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), attn_implementation="eager", dtype=model.dtype)
+        other = AutoModelForCausalLM.from_config(
+            copy.deepcopy(model.config), attn_implementation="eager", dtype=model.dtype
+        )
         other.load_state_dict(model.state_dict())
         return other.to(model.device).eval()
 
@@ -108,9 +131,16 @@ def random_rollout(tokenizer):
         truncated = torch.arange(rows) == rows - 1
         old = -2 * torch.rand(rows, longest, generator=draw)
         rollout = grpo.Rollout(
-            ids=ids, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, truncated=truncated,
-            sample_logprobs=torch.zeros(rows, longest), texts=[str(b) for b in range(rows)],
-            advantages=torch.randn(rows, generator=draw), old_logprobs=old, ref_logprobs=None)
+            ids=ids,
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            truncated=truncated,
+            sample_logprobs=torch.zeros(rows, longest),
+            texts=[str(b) for b in range(rows)],
+            advantages=torch.randn(rows, generator=draw),
+            old_logprobs=old,
+            ref_logprobs=None,
+        )
         for name, value in vars(rollout).items():
             if isinstance(value, torch.Tensor):
                 setattr(rollout, name, value.to(device))
@@ -125,7 +155,9 @@ def table_model():
 
     def make(table):
         hidden = torch.as_tensor(table, dtype=torch.float32)[None]
-        return SimpleNamespace(base_model=lambda **_: SimpleNamespace(last_hidden_state=hidden),
-                               get_output_embeddings=lambda: lambda hidden: hidden)
+        return SimpleNamespace(
+            base_model=lambda **_: SimpleNamespace(last_hidden_state=hidden),
+            get_output_embeddings=lambda: lambda hidden: hidden,
+        )
 
     return make

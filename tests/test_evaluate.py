@@ -1,4 +1,5 @@
 """Majority vote and pass@k. Oracles: numbers worked out by hand, and the enumeration of every possible outcome."""
+
 import itertools
 from fractions import Fraction
 
@@ -11,9 +12,20 @@ def equal(a, b):
     return Fraction(a) == Fraction(b)
 
 
-@pytest.mark.parametrize("n, c, k, expected", [
-    (10, 3, 1, 0.3), (10, 3, 5, 0.916667), (10, 3, 8, 1), (4, 2, 2, 0.833333), (16, 1, 16, 1), (64, 0, 64, 0),
-    (64, 5, 10, 0.585218), (200, 10, 100, 0.999229), (8, 8, 3, 1)])
+@pytest.mark.parametrize(
+    "n, c, k, expected",
+    [
+        (10, 3, 1, 0.3),
+        (10, 3, 5, 0.916667),
+        (10, 3, 8, 1),
+        (4, 2, 2, 0.833333),
+        (16, 1, 16, 1),
+        (64, 0, 64, 0),
+        (64, 5, 10, 0.585218),
+        (200, 10, 100, 0.999229),
+        (8, 8, 3, 1),
+    ],
+)
 def test_pass_at_k(n, c, k, expected):
     assert pass_at_k(n, c, k) == pytest.approx(expected, abs=1e-6)
 
@@ -29,17 +41,32 @@ def test_pass_at_k_counts_subsets():
             assert pass_at_k(n, c, k) == pytest.approx(sum(hits) / len(hits))
 
 
-@pytest.mark.parametrize("predictions, expected", [
-    (["7", "7", "8", "9"], "7"), (["8", "7", "7", "8"], "8"), (["7", "8", "8", "7"], "7"), ([None, None, "7"], "7"),
-    ([None, None], None), ([], None), (["1/2", "0.5", "3", "3"], "1/2"), (["3", "1/2", "0.5", "3", "2/4"], "1/2"),
-    (["9", "7", None, "7.0", None, None], "7")])
+@pytest.mark.parametrize(
+    "predictions, expected",
+    [
+        (["7", "7", "8", "9"], "7"),
+        (["8", "7", "7", "8"], "8"),
+        (["7", "8", "8", "7"], "7"),
+        ([None, None, "7"], "7"),
+        ([None, None], None),
+        ([], None),
+        (["1/2", "0.5", "3", "3"], "1/2"),
+        (["3", "1/2", "0.5", "3", "2/4"], "1/2"),
+        (["9", "7", None, "7.0", None, None], "7"),
+    ],
+)
 def test_majority_vote(predictions, expected):
     assert majority_vote(predictions, equal) == expected
 
 
-@pytest.mark.parametrize("shares, expected", [
-    ((0.4, 0.3, 0.3), {1: 0.4, 3: 0.424, 5: 0.447040, 9: 0.488650}),
-    ((0.4, 0.6), {1: 0.4, 3: 0.352, 5: 0.317440, 9: 0.266568}), ((0.6, 0.4), {1: 0.6, 3: 0.648, 5: 0.682560, 9: 0.733432})])
+@pytest.mark.parametrize(
+    "shares, expected",
+    [
+        ((0.4, 0.3, 0.3), {1: 0.4, 3: 0.424, 5: 0.447040, 9: 0.488650}),
+        ((0.4, 0.6), {1: 0.4, 3: 0.352, 5: 0.317440, 9: 0.266568}),
+        ((0.6, 0.4), {1: 0.6, 3: 0.648, 5: 0.682560, 9: 0.733432}),
+    ],
+)
 def test_expected_accuracy_of_the_vote(shares, expected):
     """Over all ways in which k samples can come out; the first answer is right."""
     for k, accuracy in expected.items():

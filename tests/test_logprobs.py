@@ -1,5 +1,6 @@
 """Log-probabilities. Oracles: a table of logits worked out by hand, and a plain full forward pass of transformers, one
 row at a time, with eager attention and all logits at once."""
+
 import dataclasses
 
 import pytest
@@ -13,13 +14,21 @@ TABLE = [[2.0, 1, 0], [0, 3, 0], [1, 1, 1], [0.5, -0.5, 4]]
 
 
 def close(actual, expected, atol=1e-5):
-    torch.testing.assert_close(actual.float(), torch.as_tensor(expected, device=actual.device).float(), atol=atol, rtol=0)
+    torch.testing.assert_close(
+        actual.float(), torch.as_tensor(expected, device=actual.device).float(), atol=atol, rtol=0
+    )
 
 
 def one_row(ids, prompt_tokens):
     completion = len(ids) - prompt_tokens
-    return grpo.Rollout(torch.tensor([ids]), torch.tensor([prompt_tokens]), torch.tensor([completion]),
-                        torch.tensor([False]), torch.zeros(1, completion), [""])
+    return grpo.Rollout(
+        torch.tensor([ids]),
+        torch.tensor([prompt_tokens]),
+        torch.tensor([completion]),
+        torch.tensor([False]),
+        torch.zeros(1, completion),
+        [""],
+    )
 
 
 def gradients(model, loss):
@@ -28,15 +37,24 @@ def gradients(model, loss):
     return torch.cat([p.grad.flatten().float() for p in model.parameters()])
 
 
-@pytest.mark.parametrize("temperature, expected", [
-    (1.0, [-1.407606, -0.094923, -1.098612]), (0.6, [-1.869240, -0.013386, -1.098612])])
+@pytest.mark.parametrize(
+    "temperature, expected",
+    [(1.0, [-1.407606, -0.094923, -1.098612]), (0.6, [-1.869240, -0.013386, -1.098612])],
+)
 def test_worked_example(temperature, expected, table_model):
     logprobs = token_logprobs(table_model(TABLE), one_row([0, 1, 1, 2], 1), temperature)
     close(logprobs, [expected], 1e-6)
 
 
-@pytest.mark.parametrize("logits, temperature, expected", [
-    ([2.0, 1, 0], 1.0, 0.832396), ([2.0, 1, 0], 0.6, 0.556749), ([1.0, 1, 1], 1.0, 1.098612), ([1.0, 1, 1], 0.3, 1.098612)])
+@pytest.mark.parametrize(
+    "logits, temperature, expected",
+    [
+        ([2.0, 1, 0], 1.0, 0.832396),
+        ([2.0, 1, 0], 0.6, 0.556749),
+        ([1.0, 1, 1], 1.0, 1.098612),
+        ([1.0, 1, 1], 0.3, 1.098612),
+    ],
+)
 def test_entropy(logits, temperature, expected):
     _, entropy = head_logprobs(lambda hidden: hidden, torch.tensor([logits]), torch.tensor([0]), temperature)
     close(entropy, [expected], 1e-6)
@@ -48,16 +66,23 @@ def test_prompt_tokens_get_no_value(table_model):
 
 
 @pytest.mark.parametrize("temperature", (1.0, 0.7, 1.5))
-def test_equals_a_plain_forward_pass(architecture, device_and_dtype, temperature, make_model, plain, random_rollout,
-                                     full_logprobs):
+def test_equals_a_plain_forward_pass(
+    architecture, device_and_dtype, temperature, make_model, plain, random_rollout, full_logprobs
+):
     model, rollout = make_model(architecture, *device_and_dtype), random_rollout(device=device_and_dtype[0])
     logprobs = token_logprobs(model, rollout, temperature)
     assert logprobs.dtype == torch.float32
-    close(logprobs, full_logprobs(plain(model), rollout, temperature), 1e-5 if model.dtype == torch.float32 else 0.1)
+    close(
+        logprobs,
+        full_logprobs(plain(model), rollout, temperature),
+        1e-5 if model.dtype == torch.float32 else 0.1,
+    )
 
 
 @pytest.mark.parametrize("temperature", (1.0, 0.7))
-def test_gradient_equals_that_of_a_plain_forward_pass(architecture, temperature, make_model, plain, random_rollout):
+def test_gradient_equals_that_of_a_plain_forward_pass(
+    architecture, temperature, make_model, plain, random_rollout
+):
     model, rollout = make_model(architecture), random_rollout()
     other = plain(model)
     weights = torch.randn(rollout.completion_mask.shape, generator=torch.Generator().manual_seed(0)) / 10
@@ -98,7 +123,9 @@ def test_garbage_in_padding_changes_nothing(make_model, random_rollout):
     model, rollout = make_model(), random_rollout()
     length = rollout.prompt_tokens + rollout.completion_tokens
     padding = torch.arange(rollout.ids.shape[1]) >= length[:, None]
-    other = dataclasses.replace(rollout, ids=torch.where(padding, torch.randint(1, 300, padding.shape), rollout.ids))
+    other = dataclasses.replace(
+        rollout, ids=torch.where(padding, torch.randint(1, 300, padding.shape), rollout.ids)
+    )
     assert padding.any() and not torch.equal(rollout.ids, other.ids)
     logprobs = token_logprobs(model, rollout, 1.0)
     close(logprobs, token_logprobs(model, other, 1.0), 1e-6)
@@ -171,7 +198,10 @@ def test_no_logits_beyond_one_chunk_exist_forward_or_backward(make_model, random
     tokens = int(rollout.completion_tokens.sum())
     assert tokens > 3 * chunk_tokens
     kept = []  # from the forward pass for the backward pass
-    with Sizes() as sizes, torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(tuple(t.shape)), t)[1], lambda t: t):
+    with (
+        Sizes() as sizes,
+        torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(tuple(t.shape)), t)[1], lambda t: t),
+    ):
         logprobs, _ = token_logprobs(model.train(), rollout, 1.0, chunk_tokens, return_entropy=True)
         forward, sizes.shapes = sizes.shapes, set()
         logprobs.sum().backward()

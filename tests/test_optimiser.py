@@ -1,5 +1,6 @@
 """Optimiser and update. Oracles: torch's AdamW in float32, sums in float32 and float64, one big batch instead of many
 small ones, and what must be equal to the last bit."""
+
 import copy
 import dataclasses
 import math
@@ -10,7 +11,15 @@ import pytest
 import torch
 
 import grpo
-from grpo import MasterAdamW, Problem, make_config, sample_completions, token_logprobs, train_grpo, update_policy
+from grpo import (
+    MasterAdamW,
+    Problem,
+    make_config,
+    sample_completions,
+    token_logprobs,
+    train_grpo,
+    update_policy,
+)
 
 
 class Weights(torch.nn.Module):
@@ -23,10 +32,25 @@ class Weights(torch.nn.Module):
 
 
 def settings(**overrides):
-    return make_config(**{**dict(
-        model="x", prompts_per_step=2, group_size=4, max_completion_tokens=12, kl_coef=0.0, warmup_steps=0, steps=3,
-        learning_rate=1e-2, gradient_checkpointing=False, max_rows=8, micro_batch_tokens=64, logits_chunk_tokens=16),
-        **overrides})
+    return make_config(
+        **{
+            **dict(
+                model="x",
+                prompts_per_step=2,
+                group_size=4,
+                max_completion_tokens=12,
+                kl_coef=0.0,
+                warmup_steps=0,
+                steps=3,
+                learning_rate=1e-2,
+                gradient_checkpointing=False,
+                max_rows=8,
+                micro_batch_tokens=64,
+                logits_chunk_tokens=16,
+            ),
+            **overrides,
+        }
+    )
 
 
 def weights_of(model):
@@ -52,7 +76,8 @@ class Keep:
         return 0.0
 
 
-# --- master weights --------------------------------------------------------------------------------------------------
+# --- master weights 
+
 
 @pytest.mark.parametrize("weight, smallest", [(0.1, 1e-3), (0.02, 1e-4), (0.001, 1e-5), (0.0002, 1e-6)])
 def test_bfloat16_swallows_small_steps_and_the_master_does_not(weight, smallest):
@@ -68,7 +93,10 @@ def test_bfloat16_swallows_small_steps_and_the_master_does_not(weight, smallest)
 def test_small_steps_add_up_under_bfloat16_weights(make_model, random_rollout):
     model = make_model(spread=0.0, dtype=torch.bfloat16)
     naive = copy.deepcopy(model)
-    optimizer, plain_adamw = MasterAdamW(model, 1e-6), torch.optim.AdamW(naive.parameters(), lr=1e-6, weight_decay=0.0)
+    optimizer, plain_adamw = (
+        MasterAdamW(model, 1e-6),
+        torch.optim.AdamW(naive.parameters(), lr=1e-6, weight_decay=0.0),
+    )
     masters, before = [m.clone() for m in optimizer.masters], weights_of(naive)
     rollout, cfg = random_rollout(), settings()
     for _ in range(10):
@@ -76,10 +104,15 @@ def test_small_steps_add_up_under_bfloat16_weights(make_model, random_rollout):
         token_logprobs(naive, rollout, 1.0).mean().backward()
         plain_adamw.step()
         plain_adamw.zero_grad()
-    share = lambda old, new: sum((a != b).sum().item() for a, b in zip(old, new)) / sum(a.numel() for a in old)
+    share = lambda old, new: (
+        sum((a != b).sum().item() for a, b in zip(old, new)) / sum(a.numel() for a in old)
+    )
     assert share(masters, optimizer.masters) > 0.9
     assert share(before, weights_of(naive)) < 0.05
-    assert all(torch.equal(weight, master.bfloat16()) for weight, master in zip(model.parameters(), optimizer.masters))
+    assert all(
+        torch.equal(weight, master.bfloat16())
+        for weight, master in zip(model.parameters(), optimizer.masters)
+    )
 
 
 def test_many_small_steps_move_a_bfloat16_weight():
@@ -164,7 +197,8 @@ def test_a_second_optimiser_takes_over(make_model, random_rollout):
     assert sums["grad_norm"] > 0 and not same(before, weights_of(model))
 
 
-# --- one update ------------------------------------------------------------------------------------------------------
+# --- one update 
+
 
 def test_micro_batches_hold_every_row_once_and_no_more_tokens_than_allowed(random_rollout):
     rollout = random_rollout(rows=40)
@@ -180,16 +214,28 @@ def test_micro_batches_hold_every_row_once_and_no_more_tokens_than_allowed(rando
 
 @pytest.mark.parametrize("average", ("sequence", "token", "constant"))
 @pytest.mark.parametrize("mask_truncated", (False, True))
-def test_micro_batch_size_and_order_change_no_gradient(average, mask_truncated, make_model, random_rollout, full_logprobs):
+def test_micro_batch_size_and_order_change_no_gradient(
+    average, mask_truncated, make_model, random_rollout, full_logprobs
+):
     model, rollout = make_model(), random_rollout(rows=9)
     rollout.old_logprobs = full_logprobs(model, rollout) + 0.1 * rollout.completion_mask
     rollout.ref_logprobs = rollout.old_logprobs - 0.3
     cfg = settings(loss_average=average, kl_coef=0.1, mask_truncated=mask_truncated)
     results = []
-    for max_tokens, order in ((10_000, range(9)), (1, range(9)), (40, range(9)), (40, [3, 8, 0, 2, 7, 5, 1, 6, 4])):
+    for max_tokens, order in (
+        (10_000, range(9)),
+        (1, range(9)),
+        (40, range(9)),
+        (40, [3, 8, 0, 2, 7, 5, 1, 6, 4]),
+    ):
         keep = Keep(model)
-        sums = update_policy(model, keep, rollout.select(torch.tensor(order)),
-                             dataclasses.replace(cfg, micro_batch_tokens=max_tokens), 1e-3)
+        sums = update_policy(
+            model,
+            keep,
+            rollout.select(torch.tensor(order)),
+            dataclasses.replace(cfg, micro_batch_tokens=max_tokens),
+            1e-3,
+        )
         results.append((keep.gradient, sums))
     assert results[0][0].norm() > 1e-3
     for gradient, sums in results[1:]:
@@ -199,10 +245,14 @@ def test_micro_batch_size_and_order_change_no_gradient(average, mask_truncated, 
 
 
 @pytest.mark.parametrize("average", ("sequence", "token", "constant"))
-def test_the_gradient_of_an_update_is_that_of_the_formula(average, make_model, plain, random_rollout, full_logprobs):
+def test_the_gradient_of_an_update_is_that_of_the_formula(
+    average, make_model, plain, random_rollout, full_logprobs
+):
     """All rows one by one through a plain forward pass, the sum written out."""
     model, rollout = make_model(), random_rollout()
-    rollout.old_logprobs = full_logprobs(model, rollout, 0.7) + 0.2 * rollout.old_logprobs.add(1)  # ratios 0.8 to 1.2
+    rollout.old_logprobs = full_logprobs(model, rollout, 0.7) + 0.2 * rollout.old_logprobs.add(
+        1
+    )  # ratios 0.8 to 1.2
     rollout.ref_logprobs = rollout.old_logprobs - 0.3
     cfg = settings(loss_average=average, kl_coef=0.1, temperature=0.7, clip_eps=0.1)
     keep, other = Keep(model), plain(model)
@@ -218,7 +268,10 @@ def test_the_gradient_of_an_update_is_that_of_the_formula(average, make_model, p
             distance = rollout.ref_logprobs[b, t] - logprob
             surrogate = torch.min(ratio * advantage, ratio.clamp(0.9, 1.1) * advantage)
             loss = loss - surrogate + 0.1 * (distance.exp() - distance - 1)
-        (loss / {"sequence": rows * c, "token": tokens, "constant": rows * cfg.max_completion_tokens}[average]).backward()
+        (
+            loss
+            / {"sequence": rows * c, "token": tokens, "constant": rows * cfg.max_completion_tokens}[average]
+        ).backward()
     expected = torch.cat([weight.grad.flatten() for weight in other.parameters()])
     torch.testing.assert_close(keep.gradient, expected, atol=2e-6, rtol=0)
     assert expected.norm() > 1e-2
@@ -249,14 +302,22 @@ def test_flat_groups_with_kl_are_still_drawn_to_the_reference(make_model, random
     model, rollout = make_model(), random_rollout()
     rollout.advantages = torch.zeros(6)
     rollout.ref_logprobs = rollout.old_logprobs
-    assert update_policy(model, MasterAdamW(model, 1e-2), rollout, settings(kl_coef=0.1), 1e-2)["grad_norm"] > 0
+    assert (
+        update_policy(model, MasterAdamW(model, 1e-2), rollout, settings(kl_coef=0.1), 1e-2)["grad_norm"] > 0
+    )
 
 
 @pytest.mark.parametrize("temperature", (1.0, 0.7))
 def test_the_ratio_is_one_in_the_first_update_and_not_later(temperature, make_model, tokenizer):
     model, cfg = make_model(), settings(temperature=temperature)
-    rollout = sample_completions(model, tokenizer, ["User: 3 + 4", "x"], group_size=4, max_completion_tokens=12,
-                                 temperature=temperature)
+    rollout = sample_completions(
+        model,
+        tokenizer,
+        ["User: 3 + 4", "x"],
+        group_size=4,
+        max_completion_tokens=12,
+        temperature=temperature,
+    )
     rollout.old_logprobs, rollout.advantages = rollout.sample_logprobs, torch.tensor([1.0, -1] * 4)
     optimizer = MasterAdamW(model, 1e-2)
     first, later = (update_policy(model, optimizer, rollout, cfg, 1e-2) for _ in range(2))
@@ -278,7 +339,7 @@ def test_gradient_checkpointing_changes_no_gradient(make_model, random_rollout):
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=0)
 
 
-# --- the loop --------------------------------------------------------------------------------------------------------
+# --- the loop 
 
 PROBLEMS = [Problem("What is 3 + 4?", "7"), Problem("What is 4 + 4?", "8"), Problem("3", "3")]
 
@@ -286,23 +347,46 @@ PROBLEMS = [Problem("What is 3 + 4?", "7"), Problem("What is 4 + 4?", "8"), Prob
 @pytest.fixture
 def small_ids_are_good(monkeypatch):
     """The reward is a rule that a random model can learn in no time: small ids."""
+
     def score(rollout, batch, cfg):
-        completion = (rollout.ids < 150) & (torch.arange(rollout.ids.shape[1]) >= rollout.prompt_tokens[:, None])
-        inside = torch.arange(rollout.ids.shape[1]) < (rollout.prompt_tokens + rollout.completion_tokens)[:, None]
+        completion = (rollout.ids < 150) & (
+            torch.arange(rollout.ids.shape[1]) >= rollout.prompt_tokens[:, None]
+        )
+        inside = (
+            torch.arange(rollout.ids.shape[1]) < (rollout.prompt_tokens + rollout.completion_tokens)[:, None]
+        )
         rewards = (completion & inside).sum(1) / rollout.completion_tokens
-        return rewards.view(len(batch), -1), {"accuracy": rewards.tolist(), "format": rewards.tolist()}, Counter()
+        return (
+            rewards.view(len(batch), -1),
+            {"accuracy": rewards.tolist(), "format": rewards.tolist()},
+            Counter(),
+        )
+
     monkeypatch.setattr(grpo, "score", score)
 
 
 def steps_of(model, tokenizer, cfg, problems=PROBLEMS):
     """What `train_grpo` reports, step by step."""
     steps = []
-    train_grpo(model, tokenizer, problems, cfg, lambda metrics, rollout, *_: steps.append((metrics, rollout)) and None)
+    train_grpo(
+        model,
+        tokenizer,
+        problems,
+        cfg,
+        lambda metrics, rollout, *_: steps.append((metrics, rollout)) and None,
+    )
     return steps
 
 
 def test_the_policy_learns_what_is_rewarded(make_model, tokenizer, small_ids_are_good):
-    cfg = settings(steps=12, prompts_per_step=3, group_size=8, learning_rate=2e-2, max_rows=None, micro_batch_tokens=10_000)
+    cfg = settings(
+        steps=12,
+        prompts_per_step=3,
+        group_size=8,
+        learning_rate=2e-2,
+        max_rows=None,
+        micro_batch_tokens=10_000,
+    )
     steps = steps_of(make_model(), tokenizer, cfg)
     rewards = [metrics["reward"] for metrics, _ in steps]
     assert sum(rewards[:2]) / 2 < 0.6 and sum(rewards[-2:]) / 2 > 0.8, rewards
@@ -311,8 +395,13 @@ def test_the_policy_learns_what_is_rewarded(make_model, tokenizer, small_ids_are
 
 
 def test_two_runs_with_a_seed_are_equal(make_model, tokenizer, small_ids_are_good):
-    runs = [[(m["reward"], m["loss"], m["grad_norm"])
-             for m, _ in steps_of(make_model(), tokenizer, settings(seed=seed, steps=2), PROBLEMS[:1])] for seed in (3, 3, 4)]
+    runs = [
+        [
+            (m["reward"], m["loss"], m["grad_norm"])
+            for m, _ in steps_of(make_model(), tokenizer, settings(seed=seed, steps=2), PROBLEMS[:1])
+        ]
+        for seed in (3, 3, 4)
+    ]
     assert runs[0] == runs[1] != runs[2]
 
 
@@ -321,7 +410,9 @@ def test_without_kl_there_is_no_reference(make_model, tokenizer, small_ids_are_g
 
 
 @pytest.mark.parametrize("ref_every, refreshed", [(0, []), (2, [3]), (1, [2, 3])])
-def test_the_reference_becomes_the_policy_when_it_is_time(ref_every, refreshed, make_model, tokenizer, small_ids_are_good):
+def test_the_reference_becomes_the_policy_when_it_is_time(
+    ref_every, refreshed, make_model, tokenizer, small_ids_are_good
+):
     steps = steps_of(make_model(), tokenizer, settings(kl_coef=0.01, ref_every=ref_every))
     for metrics, rollout in steps:
         gap = float((rollout.ref_logprobs - rollout.old_logprobs).abs().max())

@@ -1,4 +1,5 @@
 """Rewards: every convention of answer equality, adversarial completions, fuzzing, code containment."""
+
 import json
 import os
 import random
@@ -734,11 +735,25 @@ def test_different(answer, predicted):
     assert not answers_equal(predicted, answer) and not answers_equal(answer, predicted)
 
 
-@pytest.mark.parametrize("predicted, outcome", [
-    ("(C) 12", "right"), (r"\textbf{(C)}\ 12", "right"), (r"\text{(C) } 12", "right"), ("C) 12", "right"),
-    ("C. 12", "right"), ("(B) 12", "wrong"), ("(B) or (C)", "wrong"), ("(B), (C)", "wrong"), ("B: not C", "wrong"),
-    ("(C) (B)", "wrong"), ("ABC", "wrong"), ("Answer", "wrong"), ("C or B", "wrong"), ("c", "wrong"),
-])
+@pytest.mark.parametrize(
+    "predicted, outcome",
+    [
+        ("(C) 12", "right"),
+        (r"\textbf{(C)}\ 12", "right"),
+        (r"\text{(C) } 12", "right"),
+        ("C) 12", "right"),
+        ("C. 12", "right"),
+        ("(B) 12", "wrong"),
+        ("(B) or (C)", "wrong"),
+        ("(B), (C)", "wrong"),
+        ("B: not C", "wrong"),
+        ("(C) (B)", "wrong"),
+        ("ABC", "wrong"),
+        ("Answer", "wrong"),
+        ("C or B", "wrong"),
+        ("c", "wrong"),
+    ],
+)
 def test_choices(predicted, outcome):
     assert (grpo.compare(predicted, "C") == "right") is (outcome == "right")
 
@@ -747,77 +762,137 @@ def test_mean_time_of_a_comparison():
     pairs = rows(EQUAL) + rows(DIFFERENT)
     start = time.perf_counter()
     for answer, predicted in pairs:
-        grpo.compare.__wrapped__(predicted, answer)               # without the cache
-    assert (time.perf_counter() - start) / len(pairs) < 3e-3      # measured 0.5 ms; slack for a busy machine
+        grpo.compare.__wrapped__(predicted, answer)  # without the cache
+    assert (time.perf_counter() - start) / len(pairs) < 3e-3  # measured 0.5 ms; slack for a busy machine
 
 
 def math(answer):
     return Problem("q", answer)
 
 
-@pytest.mark.parametrize("completion, predicted", [
-    ("<think> a </think> <answer> 5 </answer>", "5"),
-    ("a </think> <answer> 5 </answer>", "5"),                     # opening tag was in the prompt
-    ("<think> a </think>\n<answer>\n5\n</answer>\n", "5"),
-    ("<think> a </think> so \\boxed{5}", "5"),
-    ("<think>a</think><answer>it is \\boxed{\\frac{1}{2}}.</answer>", "\\frac{1}{2}"),
-    ("<think>\\boxed{4}</think> \\boxed{5}", "5"),
-    ("<think>a</think> \\boxed{5}, indeed \\boxed{5}", "5"),
-    ("<think>a</think> \\boxed{\\{1,2\\}}", "\\{1,2\\}"),
-    ("<think>a</think> \\boxed{\\boxed{5}}", "\\boxed{5}"),
-    ("<think>a</think> \\boxed{1} or \\boxed{2}", "1, 2"),
-    ("<answer> 9 * 4 - 7 </answer>", "9 * 4 - 7"),
-    ("<think>a</think> 5", None),
-    ("<think> a <answer>5</answer>", None),                       # never stopped thinking
-    ("<think> <answer>5</answer> </think> done", None),
-    ("<think>a</think> <answer>5</answer> <answer>6</answer>", None),
-    ("<think>a</think> <answer><answer>5</answer>", None),
-    ("<think>a</think> <answer>5</answer></answer>", None),
-    ("<think>a</think> <answer> </answer>", None),
-    ("<think>a</think> </answer>5<answer>", None),
-    ("<think>a</think> <answer>5", None),
-    ("<think>a</think> <answer>5 \\boxed{6}", None),
-    ("<think>a</think> \\boxed{5", None),
-    ("", None),
-])
+@pytest.mark.parametrize(
+    "completion, predicted",
+    [
+        ("<think> a </think> <answer> 5 </answer>", "5"),
+        ("a </think> <answer> 5 </answer>", "5"),  # opening tag was in the prompt
+        ("<think> a </think>\n<answer>\n5\n</answer>\n", "5"),
+        ("<think> a </think> so \\boxed{5}", "5"),
+        ("<think>a</think><answer>it is \\boxed{\\frac{1}{2}}.</answer>", "\\frac{1}{2}"),
+        ("<think>\\boxed{4}</think> \\boxed{5}", "5"),
+        ("<think>a</think> \\boxed{5}, indeed \\boxed{5}", "5"),
+        ("<think>a</think> \\boxed{\\{1,2\\}}", "\\{1,2\\}"),
+        ("<think>a</think> \\boxed{\\boxed{5}}", "\\boxed{5}"),
+        ("<think>a</think> \\boxed{1} or \\boxed{2}", "1, 2"),
+        ("<answer> 9 * 4 - 7 </answer>", "9 * 4 - 7"),
+        ("<think>a</think> 5", None),
+        ("<think> a <answer>5</answer>", None),  # never stopped thinking
+        ("<think> <answer>5</answer> </think> done", None),
+        ("<think>a</think> <answer>5</answer> <answer>6</answer>", None),
+        ("<think>a</think> <answer><answer>5</answer>", None),
+        ("<think>a</think> <answer>5</answer></answer>", None),
+        ("<think>a</think> <answer> </answer>", None),
+        ("<think>a</think> </answer>5<answer>", None),
+        ("<think>a</think> <answer>5", None),
+        ("<think>a</think> <answer>5 \\boxed{6}", None),
+        ("<think>a</think> \\boxed{5", None),
+        ("", None),
+    ],
+)
 def test_extract_answer(completion, predicted):
     assert extract_answer(completion) == predicted
 
 
-@pytest.mark.parametrize("completion, predicted", [
-    ("so the answer is 18.", "18"), ("#### 1,234", "1,234"), ("it is \\boxed{5} I think", "5"),
-    ("<think> 4 <answer> 5 </answer>", "5"), ("= 12 so 9 * 4 - 7", "9 * 4 - 7"), ("no idea", None),
-    ("<answer>3</answer> or <answer>4</answer>", "4"), ("1/2", "1/2"), ("x = -3.5", "-3.5"),
-])
+@pytest.mark.parametrize(
+    "completion, predicted",
+    [
+        ("so the answer is 18.", "18"),
+        ("#### 1,234", "1,234"),
+        ("it is \\boxed{5} I think", "5"),
+        ("<think> 4 <answer> 5 </answer>", "5"),
+        ("= 12 so 9 * 4 - 7", "9 * 4 - 7"),
+        ("no idea", None),
+        ("<answer>3</answer> or <answer>4</answer>", "4"),
+        ("1/2", "1/2"),
+        ("x = -3.5", "-3.5"),
+    ],
+)
 def test_extract_answer_lenient(completion, predicted):
     assert extract_answer(completion, lenient=True) == predicted
 
 
 THOUGHT = "<think> let me see </think> "
-HOSTILE = [THOUGHT + text for text in (
-    "<answer>5 or 6</answer>", "<answer>5, 6</answer>", "<answer>4</answer><answer>5</answer>",
-    "<answer>5</answer><answer>4</answer>", "\\boxed{5} \\boxed{6}", "<answer>\\boxed{4} \\boxed{5}</answer>",
-    "<answer></answer>5", "<answer>not 5</answer>", "<answer>4 = 5</answer>", "<answer>x = 4 = 5</answer>",
-    "<answer>\\{4, 5\\}</answer>", "<answer>\\pm 5</answer>", "<answer>[0, 10]</answer>", "<answer>x</answer>",
-    "<answer>answer</answer>", "<answer>True</answer>", "<answer>1 2 3 4 5</answer>", "<answer>5 6</answer>",
-    "<answer>" * 20000 + "5", "<answer>" * 20000 + "5" + "</answer>" * 20000, "\\boxed{" * 20000 + "5",
-    "\\boxed{" * 5000 + "5" + "}" * 5000, "{" * 50000, "9^{9^{9^{9}}}", "<answer>9^{9^{9^{9}}}</answer>",
-    "<answer>" + "9" * 10000 + "</answer>", "<answer>" + "(" * 5000 + "5" + ")" * 5000 + "</answer>",
-    "<answer>" + "(" * 100 + "5" + ")" * 100 + "</answer>", "<answer>" + "-" * 200 + "5</answer>",
-    "<answer>" + "\\sqrt" * 50 + "5</answer>", "<answer>(((9^{64})^{64})^{64})^{64}</answer>",
-    "<answer>((x^{64})^{64})^{64}</answer>", "<answer>1000000!</answer>", "<answer>((60!)!)!</answer>",
-    "<answer>\\binom{10^{9}}{5}</answer>", "<answer>\\exp(\\exp(\\exp(\\exp(9))))</answer>", "<answer>1/0</answer>",
-    "<answer>0/0</answer>", "<answer>0^{-1}</answer>", "<answer>\\infty</answer>", "<answer>nan</answer>",
-    "<answer>5\x00</answer>", "<answer>5\u202e</answer>", "<answer>\\int_0^5 1 dx</answer>", "<answer>5_</answer>",
-    "<answer>\\sum_{k=1}^{10^9} k</answer>", "<answer>\\frac{</answer>", "<answer>" + "5," * 140 + "5</answer>",
-    "<answer>__import__('os').system('touch CANARY')</answer>", "<answer>open('CANARY','w')</answer>",
-    "<answer>sqrt.__globals__['__builtins__']['open']('CANARY','w')</answer>",
-    "<answer>exec(\"open('CANARY','w')\")</answer>", "<answer>[open('CANARY','w') for x in [1]][0]</answer>",
-    "<answer>(lambda: open('CANARY','w'))()</answer>", "<answer>Integer(5).__class__</answer>",
-    "<answer>\\write18{touch CANARY}</answer>", "<answer>\\input{CANARY}</answer>", "<answer>${5}$ or so</answer>",
-)] + ["<answer>5</answer><think>", "<think><answer>5</answer>", "<think>\\boxed{5}</think>", "5", "\\boxed{5", "</think>",
-      "<think> <answer>5</answer> </think> <answer>6</answer>",
-      "<think> reasoning process here </think> <answer> answer here </answer>"]
+HOSTILE = [
+    THOUGHT + text
+    for text in (
+        "<answer>5 or 6</answer>",
+        "<answer>5, 6</answer>",
+        "<answer>4</answer><answer>5</answer>",
+        "<answer>5</answer><answer>4</answer>",
+        "\\boxed{5} \\boxed{6}",
+        "<answer>\\boxed{4} \\boxed{5}</answer>",
+        "<answer></answer>5",
+        "<answer>not 5</answer>",
+        "<answer>4 = 5</answer>",
+        "<answer>x = 4 = 5</answer>",
+        "<answer>\\{4, 5\\}</answer>",
+        "<answer>\\pm 5</answer>",
+        "<answer>[0, 10]</answer>",
+        "<answer>x</answer>",
+        "<answer>answer</answer>",
+        "<answer>True</answer>",
+        "<answer>1 2 3 4 5</answer>",
+        "<answer>5 6</answer>",
+        "<answer>" * 20000 + "5",
+        "<answer>" * 20000 + "5" + "</answer>" * 20000,
+        "\\boxed{" * 20000 + "5",
+        "\\boxed{" * 5000 + "5" + "}" * 5000,
+        "{" * 50000,
+        "9^{9^{9^{9}}}",
+        "<answer>9^{9^{9^{9}}}</answer>",
+        "<answer>" + "9" * 10000 + "</answer>",
+        "<answer>" + "(" * 5000 + "5" + ")" * 5000 + "</answer>",
+        "<answer>" + "(" * 100 + "5" + ")" * 100 + "</answer>",
+        "<answer>" + "-" * 200 + "5</answer>",
+        "<answer>" + "\\sqrt" * 50 + "5</answer>",
+        "<answer>(((9^{64})^{64})^{64})^{64}</answer>",
+        "<answer>((x^{64})^{64})^{64}</answer>",
+        "<answer>1000000!</answer>",
+        "<answer>((60!)!)!</answer>",
+        "<answer>\\binom{10^{9}}{5}</answer>",
+        "<answer>\\exp(\\exp(\\exp(\\exp(9))))</answer>",
+        "<answer>1/0</answer>",
+        "<answer>0/0</answer>",
+        "<answer>0^{-1}</answer>",
+        "<answer>\\infty</answer>",
+        "<answer>nan</answer>",
+        "<answer>5\x00</answer>",
+        "<answer>5\u202e</answer>",
+        "<answer>\\int_0^5 1 dx</answer>",
+        "<answer>5_</answer>",
+        "<answer>\\sum_{k=1}^{10^9} k</answer>",
+        "<answer>\\frac{</answer>",
+        "<answer>" + "5," * 140 + "5</answer>",
+        "<answer>__import__('os').system('touch CANARY')</answer>",
+        "<answer>open('CANARY','w')</answer>",
+        "<answer>sqrt.__globals__['__builtins__']['open']('CANARY','w')</answer>",
+        "<answer>exec(\"open('CANARY','w')\")</answer>",
+        "<answer>[open('CANARY','w') for x in [1]][0]</answer>",
+        "<answer>(lambda: open('CANARY','w'))()</answer>",
+        "<answer>Integer(5).__class__</answer>",
+        "<answer>\\write18{touch CANARY}</answer>",
+        "<answer>\\input{CANARY}</answer>",
+        "<answer>${5}$ or so</answer>",
+    )
+] + [
+    "<answer>5</answer><think>",
+    "<think><answer>5</answer>",
+    "<think>\\boxed{5}</think>",
+    "5",
+    "\\boxed{5",
+    "</think>",
+    "<think> <answer>5</answer> </think> <answer>6</answer>",
+    "<think> reasoning process here </think> <answer> answer here </answer>",
+]
 
 
 @pytest.mark.parametrize("completion", HOSTILE, ids=range(len(HOSTILE)))
@@ -834,27 +909,62 @@ def test_hostile_completions_earn_nothing(completion, tmp_path, monkeypatch):
 def random_expression(rng, depth):
     """A formula built to be expensive: towers, nested roots, logarithms and circular functions."""
     if depth == 0:
-        return rng.choice(["2", "x", "3", "y", r"\pi", "e", "i", "1/7", "64", "7.5", "99999999999", r"\infty", "0"])
+        return rng.choice(
+            ["2", "x", "3", "y", r"\pi", "e", "i", "1/7", "64", "7.5", "99999999999", r"\infty", "0"]
+        )
     a, b = random_expression(rng, depth - 1), random_expression(rng, rng.choice((0, depth - 1)))
-    return rng.choice([f"({a}+{b})", f"({a})({b})", rf"\frac{{{a}}}{{{b}}}", f"({a})^{{{b}}}", rf"\sqrt[{b}]{{{a}}}",
-                       rf"\log_{{{a}}}({b})", rf"\sin({a})", f"|{a}|", rf"\lfloor {a}\rfloor", f"({a})^{{64}}",
-                       f"({a})!", rf"\tan({a})", rf"\exp({a})", rf"\arcsin({a})", f"({a})^{{1/64}}"])
+    return rng.choice(
+        [
+            f"({a}+{b})",
+            f"({a})({b})",
+            rf"\frac{{{a}}}{{{b}}}",
+            f"({a})^{{{b}}}",
+            rf"\sqrt[{b}]{{{a}}}",
+            rf"\log_{{{a}}}({b})",
+            rf"\sin({a})",
+            f"|{a}|",
+            rf"\lfloor {a}\rfloor",
+            f"({a})^{{64}}",
+            f"({a})!",
+            rf"\tan({a})",
+            rf"\exp({a})",
+            rf"\arcsin({a})",
+            f"({a})^{{1/64}}",
+        ]
+    )
 
 
 def random_text(rng, pool):
-    fragments = pool[0] + [r"\frac{", r"\sqrt{", "{", "}", "(", ")", "^{", "^", "_", "|", "!", r"\{", r"\pm", r"\text{"]
+    fragments = pool[0] + [
+        r"\frac{",
+        r"\sqrt{",
+        "{",
+        "}",
+        "(",
+        ")",
+        "^{",
+        "^",
+        "_",
+        "|",
+        "!",
+        r"\{",
+        r"\pm",
+        r"\text{",
+    ]
     kind = rng.random()
     if kind < 0.3:
         return " ".join(rng.choice(fragments) for _ in range(rng.randint(1, 12)))
-    if kind < 0.5:                                                # damaged real answers
+    if kind < 0.5:  # damaged real answers
         text = list(rng.choice(pool[0]))
         for _ in range(rng.randint(1, 4)):
-            text[rng.randrange(len(text) + 1):0] = rng.choice(fragments)
+            text[rng.randrange(len(text) + 1) : 0] = rng.choice(fragments)
             del text[rng.randrange(len(text))]
         return "".join(text)
     if kind < 0.6:
-        return "".join(chr(rng.choice((rng.randrange(32, 127), rng.randrange(0x250), rng.randrange(0x3000))))
-                       for _ in range(rng.randint(1, 80)))
+        return "".join(
+            chr(rng.choice((rng.randrange(32, 127), rng.randrange(0x250), rng.randrange(0x3000))))
+            for _ in range(rng.randint(1, 80))
+        )
     return random_expression(rng, rng.randint(1, 6))[:300]
 
 
@@ -871,13 +981,15 @@ def test_no_text_raises_hangs_or_fails_the_verifier():
         outcomes[outcome] = outcomes.get(outcome, 0) + 1
         extract_answer(text), extract_answer(text, lenient=True)
     assert worst < 1
-    assert set(outcomes) <= {"right", "wrong", "unparsable", "no_answer"}, outcomes     # no "error"
+    assert set(outcomes) <= {"right", "wrong", "unparsable", "no_answer"}, outcomes  # no "error"
 
 
 def test_works_in_threads():
     results = []
+
     def work():
         results.append(all(answers_equal(p, a) for a, p in rows(EQUAL)[::3]))
+
     threads = [threading.Thread(target=work) for _ in range(4)]
     grpo.compare.cache_clear()
     [thread.start() for thread in threads], [thread.join() for thread in threads]
@@ -895,19 +1007,52 @@ def test_outcomes():
 def test_a_broken_verifier_is_counted_not_hidden(monkeypatch):
     def broken(*_):
         raise RuntimeError
+
     monkeypatch.setattr(grpo, "same", broken)
     assert grpo.verify("5.25", math("21/4 + 0")) == "error"
 
 
-@pytest.mark.parametrize("expression, right", [
-    ("9 * 4 - 7", True), ("9*4-7", True), ("9 x 4 - 7", True), ("9 × 4 − 7", True), ("(9*4)-7", True), ("4*9-7", True),
-    ("9 * 4 - 7 = 29", True), ("9 * 4 - 7 = 30", False), ("9 * 4 - 7 = 29 = 29", False), ("9 * 4 + 7", False),
-    ("29", False), ("9 * 4 - 7 + 0", False), ("9 * 4 - 7 * 1", False), ("9 * 4", False), ("9 ** 4", False),
-    ("9 * * 4 - 7", False), ("9 // 4 - 7", False), ("94 - 7", False), ("9 4 - 7", False), ("", False), ("9 *", False),
-    ("9**9**9", False), ("(" * 90 + "9*4-7" + ")" * 90, True), ("(" * 500, False), ("__import__('os')", False),
-    ("9 * 4 - 7 or 1", False), ("9*4-7; 1", False), ("9(4) - 7", False), ("-7 + 9*4", False), ("36-7", False),
-    ("9.0*4-7", False), ("x", False), ("9/0*4-7", False), ("٩*4-7", False), ("9e0*4-7", False), ("9\x00*4-7", False),
-])
+@pytest.mark.parametrize(
+    "expression, right",
+    [
+        ("9 * 4 - 7", True),
+        ("9*4-7", True),
+        ("9 x 4 - 7", True),
+        ("9 × 4 − 7", True),
+        ("(9*4)-7", True),
+        ("4*9-7", True),
+        ("9 * 4 - 7 = 29", True),
+        ("9 * 4 - 7 = 30", False),
+        ("9 * 4 - 7 = 29 = 29", False),
+        ("9 * 4 + 7", False),
+        ("29", False),
+        ("9 * 4 - 7 + 0", False),
+        ("9 * 4 - 7 * 1", False),
+        ("9 * 4", False),
+        ("9 ** 4", False),
+        ("9 * * 4 - 7", False),
+        ("9 // 4 - 7", False),
+        ("94 - 7", False),
+        ("9 4 - 7", False),
+        ("", False),
+        ("9 *", False),
+        ("9**9**9", False),
+        ("(" * 90 + "9*4-7" + ")" * 90, True),
+        ("(" * 500, False),
+        ("__import__('os')", False),
+        ("9 * 4 - 7 or 1", False),
+        ("9*4-7; 1", False),
+        ("9(4) - 7", False),
+        ("-7 + 9*4", False),
+        ("36-7", False),
+        ("9.0*4-7", False),
+        ("x", False),
+        ("9/0*4-7", False),
+        ("٩*4-7", False),
+        ("9e0*4-7", False),
+        ("9\x00*4-7", False),
+    ],
+)
 def test_countdown(expression, right):
     assert grpo.countdown_equal(expression, (4, 7, 9), 29) is right
 
@@ -918,24 +1063,48 @@ def test_countdown_is_exact_and_fast():
     completion = "<think> try 9 - 4 = 5 + 7 = 12 ? 29 low wait try 9 * 4 = 36 - 7 = 29 ? 29 yes </think> <answer> 9 * 4 - 7 </answer>"
     start = time.perf_counter()
     assert sum(grpo.accuracy_reward(completion, problem) for _ in range(1000)) == 1000
-    assert time.perf_counter() - start < 0.2                      # measured 22 us each
+    assert time.perf_counter() - start < 0.2  # measured 22 us each
 
 
-@pytest.mark.parametrize("text, reward", [
-    ("<think> a </think> b", 1), ("<think>\na\nb\n</think>\n<answer>1</answer>", 1), (" <think>a</think>b", 1),
-    ("a </think> b", 0), ("<think> a </think>", 0), ("<think> a </think> \n", 0), ("<think> a b", 0), ("b", 0), ("", 0),
-    ("</think> a <think> b", 0), ("<think> a </think> b </think> c", 0), ("<think> <think> a </think> b", 0),
-    ("b <think> a </think> c", 0), ("<think> </think> b", 0), ("<THINK> a </THINK> b", 0),
-])
+@pytest.mark.parametrize(
+    "text, reward",
+    [
+        ("<think> a </think> b", 1),
+        ("<think>\na\nb\n</think>\n<answer>1</answer>", 1),
+        (" <think>a</think>b", 1),
+        ("a </think> b", 0),
+        ("<think> a </think>", 0),
+        ("<think> a </think> \n", 0),
+        ("<think> a b", 0),
+        ("b", 0),
+        ("", 0),
+        ("</think> a <think> b", 0),
+        ("<think> a </think> b </think> c", 0),
+        ("<think> <think> a </think> b", 0),
+        ("b <think> a </think> c", 0),
+        ("<think> </think> b", 0),
+        ("<THINK> a </THINK> b", 0),
+    ],
+)
 def test_format_reward(text, reward):
     assert grpo.format_reward(text, math("5")) == reward
 
 
-@pytest.mark.parametrize("text, share", [                         # vectors computed by hand
-    ("So x = 3, wait", 1.0), ("So 我们 add two", 0.6), ("我们先算 two plus two", 3 / 7), ("12 + 3 = 15", 1.0), ("", 1.0),
-    ("<think> try 9 试 4 </think> 我们", 0.5), ("try 试 </think> 我们", 0.5), ("$αβγ$ two", 1.0), ("\\frac two", 1.0),
-    ("да two", 0.5),
-])
+@pytest.mark.parametrize(
+    "text, share",
+    [  # vectors computed by hand
+        ("So x = 3, wait", 1.0),
+        ("So 我们 add two", 0.6),
+        ("我们先算 two plus two", 3 / 7),
+        ("12 + 3 = 15", 1.0),
+        ("", 1.0),
+        ("<think> try 9 试 4 </think> 我们", 0.5),
+        ("try 试 </think> 我们", 0.5),
+        ("$αβγ$ two", 1.0),
+        ("\\frac two", 1.0),
+        ("да two", 0.5),
+    ],
+)
 def test_language_reward(text, share):
     assert grpo.language_reward(text, math("")) == pytest.approx(share)
     if text and share < 1 and "да" not in text:
@@ -943,27 +1112,49 @@ def test_language_reward(text, share):
 
 
 def test_check_references():
-    bad = [Problem("q", "5\x00"), Problem("q", "1" * 400), Problem("q", ""), Problem("q", "x", "countdown", (1, 2)), Problem("q", "", "code")]
-    good = [Problem("q", "\\frac12"), Problem("q", "3", "countdown", (1, 2)), Problem("q", "", "code", tests=("assert 1",))]
+    bad = [
+        Problem("q", "5\x00"),
+        Problem("q", "1" * 400),
+        Problem("q", ""),
+        Problem("q", "x", "countdown", (1, 2)),
+        Problem("q", "", "code"),
+    ]
+    good = [
+        Problem("q", "\\frac12"),
+        Problem("q", "3", "countdown", (1, 2)),
+        Problem("q", "", "code", tests=("assert 1",)),
+    ]
     assert grpo.check_references(bad + good) == bad
 
 
 SQUARE = Problem("q", task="code", tests=("assert square(2) == 4", "assert square(-3) == 9"))
-DOUBLE = Problem("q", task="code", tests=({"input": "3\n", "output": "6\n"}, {"input": "5\n", "output": "10"}))
+DOUBLE = Problem(
+    "q", task="code", tests=({"input": "3\n", "output": "6\n"}, {"input": "5\n", "output": "10"})
+)
 
 
 def fenced(program):
     return f"<think> hm </think> Here:\n```python\n{program}\n```\nDone."
 
 
-@pytest.mark.parametrize("program, problem, reward", [
-    ("def square(x):\n    return x * x", SQUARE, 1), ("def square(x):\n    return 4", SQUARE, 0),
-    ("print(2 * int(input()))", DOUBLE, 1), ("print(6)", DOUBLE, 0), ("import sys; sys.exit(0)", DOUBLE, 0),
-    ("print(2 * int(input())); raise ValueError", DOUBLE, 0),
-    ("import os; os._exit(0)", SQUARE, 0), ("raise SystemExit(0)", SQUARE, 0), ("print('passed')", SQUARE, 0),
-    ("def square(x):\n    import os; os._exit(0)", SQUARE, 0), ("def square(x): return x * x\nexit()", SQUARE, 0),
-    ("import sys; print(sys.stdin.read())\ndef square(x): raise KeyError", SQUARE, 0), ("def square(x)", SQUARE, 0),
-])
+@pytest.mark.parametrize(
+    "program, problem, reward",
+    [
+        ("def square(x):\n    return x * x", SQUARE, 1),
+        ("def square(x):\n    return 4", SQUARE, 0),
+        ("print(2 * int(input()))", DOUBLE, 1),
+        ("print(6)", DOUBLE, 0),
+        ("import sys; sys.exit(0)", DOUBLE, 0),
+        ("print(2 * int(input())); raise ValueError", DOUBLE, 0),
+        ("import os; os._exit(0)", SQUARE, 0),
+        ("raise SystemExit(0)", SQUARE, 0),
+        ("print('passed')", SQUARE, 0),
+        ("def square(x):\n    import os; os._exit(0)", SQUARE, 0),
+        ("def square(x): return x * x\nexit()", SQUARE, 0),
+        ("import sys; print(sys.stdin.read())\ndef square(x): raise KeyError", SQUARE, 0),
+        ("def square(x)", SQUARE, 0),
+    ],
+)
 def test_code_reward(program, problem, reward):
     assert grpo.code_reward(fenced(program), problem) == reward
 
@@ -974,7 +1165,7 @@ def test_code_reward_takes_the_last_closed_block_after_the_thinking():
     assert grpo.code_reward(right + "\n" + wrong, SQUARE) == 0
     assert grpo.code_reward(f"<think>{right}</think> done", SQUARE) == 0
     assert grpo.code_reward(right[:-3], SQUARE) == 0
-    assert grpo.code_reward(right, Problem("q", task="code")) == 0              # no tests prove nothing
+    assert grpo.code_reward(right, Problem("q", task="code")) == 0  # no tests prove nothing
     assert grpo.accuracy_reward(right, SQUARE) == 1
 
 
@@ -998,8 +1189,10 @@ def test_code_output_is_bounded():
 @pytest.mark.skipif(sys.platform == "win32", reason="process groups")
 def test_code_fork_and_grandchild_are_killed(tmp_path):
     mark = tmp_path / "alive"
-    program = ("import os, time\nif os.fork() == 0:\n    while True:\n        time.sleep(0.05)\n"
-               f"        open({str(mark)!r}, 'a').write('.')\ntime.sleep(0.3)\ndef square(x): return x * x")
+    program = (
+        "import os, time\nif os.fork() == 0:\n    while True:\n        time.sleep(0.05)\n"
+        f"        open({str(mark)!r}, 'a').write('.')\ntime.sleep(0.3)\ndef square(x): return x * x"
+    )
     assert grpo.run_tests(program, SQUARE.tests, time_limit_seconds=5) == "right"
     time.sleep(0.2)
     size = mark.stat().st_size
@@ -1011,8 +1204,10 @@ def test_code_has_no_environment_no_handles_and_its_own_folder(monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "1")
     reader, writer = os.pipe()
     os.set_inheritable(writer, True)
-    program = ("import os, json\nfacts = ['SECRET_TOKEN' in os.environ, os.getcwd()]\n"
-               f"try: os.fstat({writer}); facts.append('handle')\nexcept OSError: pass\nprint(json.dumps(facts))")
+    program = (
+        "import os, json\nfacts = ['SECRET_TOKEN' in os.environ, os.getcwd()]\n"
+        f"try: os.fstat({writer}); facts.append('handle')\nexcept OSError: pass\nprint(json.dumps(facts))"
+    )
     status, output = grpo.run_contained(program, "", False, 5.0, 512)
     facts = json.loads(output)
     assert status == 0 and facts[0] is False and facts[1] != os.getcwd() and not os.path.exists(facts[1])

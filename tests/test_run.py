@@ -2,6 +2,7 @@
 
 The oracle of a resumed run is the run that nobody disturbed: same metrics, same final weights, bit for bit.
 """
+
 import json
 import os
 import random
@@ -19,11 +20,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grpo
 
-CLOCK = {"seconds", "sample_seconds", "update_seconds", "sample_tokens_per_second", "update_tokens_per_second"}
-METRICS = ("step seconds reward accuracy format mean_tokens truncated dead_groups reflection loss kl clip_fraction "
-           "grad_norm entropy sample_tokens_per_second update_tokens_per_second").split()
-RESULTS = ("pass_at_1 pass_at_1_ci95 maj_at_k k problems format_rate truncated_rate mean_tokens "
-           "reflection_rate").split()
+CLOCK = {
+    "seconds",
+    "sample_seconds",
+    "update_seconds",
+    "sample_tokens_per_second",
+    "update_tokens_per_second",
+}
+METRICS = (
+    "step seconds reward accuracy format mean_tokens truncated dead_groups reflection loss kl clip_fraction "
+    "grad_norm entropy sample_tokens_per_second update_tokens_per_second"
+).split()
+RESULTS = (
+    "pass_at_1 pass_at_1_ci95 maj_at_k k problems format_rate truncated_rate mean_tokens reflection_rate"
+).split()
 
 
 @pytest.fixture(scope="session")
@@ -33,8 +43,11 @@ def checkpoints(tmp_path_factory, make_model, tokenizer):
     for name in ("qwen2", "qwen3", "llama"):
         make_model(name).save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
-    rows = [{"question": f"What is {a} + {b}?", "answer": f"{a} and {b} make {a + b}.\n#### {a + b}"}
-            for a in range(6) for b in range(5)]
+    rows = [
+        {"question": f"What is {a} + {b}?", "answer": f"{a} and {b} make {a + b}.\n#### {a + b}"}
+        for a in range(6)
+        for b in range(5)
+    ]
     (root / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 
@@ -43,11 +56,41 @@ def checkpoints(tmp_path_factory, make_model, tokenizer):
 def command(checkpoints, tmp_path, monkeypatch):
     """The arguments of a short run in an empty folder, on rewards that a random model earns now and then."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(grpo, "grade", lambda text, problem, lenient=False: "wrong" if len(text) % 3 else "right")
-    return ["--model", str(checkpoints / "qwen2"), "--data", str(checkpoints / "sums.jsonl"), "--template",
-            "Q {question} A", "--prompts_per_step", "2", "--group_size", "4", "--max_completion_tokens", "8",
-            "--steps", "6", "--save_every", "2", "--eval_every", "3", "--eval_problems", "2", "--eval_samples", "2",
-            "--learning_rate", "0.01", "--kl_coef", "0.05", "--ref_every", "2", "--sample_every", "2"]
+    monkeypatch.setattr(
+        grpo, "grade", lambda text, problem, lenient=False: "wrong" if len(text) % 3 else "right"
+    )
+    return [
+        "--model",
+        str(checkpoints / "qwen2"),
+        "--data",
+        str(checkpoints / "sums.jsonl"),
+        "--template",
+        "Q {question} A",
+        "--prompts_per_step",
+        "2",
+        "--group_size",
+        "4",
+        "--max_completion_tokens",
+        "8",
+        "--steps",
+        "6",
+        "--save_every",
+        "2",
+        "--eval_every",
+        "3",
+        "--eval_problems",
+        "2",
+        "--eval_samples",
+        "2",
+        "--learning_rate",
+        "0.01",
+        "--kl_coef",
+        "0.05",
+        "--ref_every",
+        "2",
+        "--sample_every",
+        "2",
+    ]
 
 
 def lines(path):
@@ -61,8 +104,9 @@ def without_clock(rows):
 def assert_same_run(one, other):
     assert without_clock(lines(f"{one}/metrics.jsonl")) == without_clock(lines(f"{other}/metrics.jsonl"))
     assert lines(f"{one}/evaluations.jsonl") == lines(f"{other}/evaluations.jsonl")
-    weights, same = (AutoModelForCausalLM.from_pretrained(f"{run}/final").state_dict()
-                     for run in (one, other))
+    weights, same = (
+        AutoModelForCausalLM.from_pretrained(f"{run}/final").state_dict() for run in (one, other)
+    )
     assert all(torch.equal(weights[name], same[name]) for name in weights)
 
 
@@ -94,7 +138,11 @@ def test_every_architecture_trains_from_the_command_line(name, command, checkpoi
     command[1] = str(checkpoints / name)
     assert grpo.main(command) == 0
     summary = json.loads(Path("runs/zero/summary.json").read_text())
-    assert summary["stage"] == "zero" and summary["seed"] == 0 and summary["seconds"] > summary["train_seconds"] > 0
+    assert (
+        summary["stage"] == "zero"
+        and summary["seed"] == 0
+        and summary["seconds"] > summary["train_seconds"] > 0
+    )
     assert all(key in summary[when] for when in ("before", "after") for key in RESULTS)
     metrics = lines("runs/zero/metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6] and all(key in metrics[0] for key in METRICS)
@@ -103,17 +151,33 @@ def test_every_architecture_trains_from_the_command_line(name, command, checkpoi
     evaluations = lines("runs/zero/evaluations.jsonl")
     improved = evaluations[1]["pass_at_1"] > evaluations[0]["pass_at_1"]
     assert Path("runs/zero/best/model.safetensors").exists() == improved
-    before, after = (AutoModelForCausalLM.from_pretrained(p).state_dict() for p in (command[1], "runs/zero/final"))
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(p).state_dict() for p in (command[1], "runs/zero/final")
+    )
     assert any(not torch.equal(before[key], after[key]) for key in before)
     assert AutoTokenizer.from_pretrained("runs/zero/final").eos_token_id == 0
 
 
 def test_the_command_as_a_user_types_it(command, tmp_path):
-    done = subprocess.run([sys.executable, Path(grpo.__file__), *command, "--steps", "2"], capture_output=True,
-                          text=True, cwd=tmp_path, timeout=120)
+    done = subprocess.run(
+        [sys.executable, Path(grpo.__file__), *command, "--steps", "2"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
-    for expected in ("cpu, float32", "qwen2", "27 problems to train on, 2 to evaluate on", "prompt    'Q What is",
-                     "stop tokens {0: '<|end|>'}", "step    1", "before", "pass_at_1_ci95", "wrote runs/zero/"):
+    for expected in (
+        "cpu, float32",
+        "qwen2",
+        "27 problems to train on, 2 to evaluate on",
+        "prompt    'Q What is",
+        "stop tokens {0: '<|end|>'}",
+        "step    1",
+        "before",
+        "pass_at_1_ci95",
+        "wrote runs/zero/",
+    ):
         assert expected in done.stdout
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
 
@@ -179,6 +243,7 @@ def test_a_kill_inside_a_save_leaves_a_checkpoint_to_go_on_from(command, seed, m
             if len(calls) == dies_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*args, **kwargs)
+
         return call
 
     with monkeypatch.context() as patch:
@@ -210,7 +275,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(command, file, ha
     path = Path("whole/checkpoint/step-000006", file)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
-    path.unlink() if harm == "remove" else path.write_bytes(data if harm == "flip" else data[: len(data) // 2])
+    path.unlink() if harm == "remove" else path.write_bytes(
+        data if harm == "flip" else data[: len(data) // 2]
+    )
     (weights,) = [Path("whole/final/model.safetensors").read_bytes()]
     capsys.readouterr()
     assert grpo.main(["--output_dir", "whole", "--resume"]) == 0
@@ -251,7 +318,7 @@ BAD = {  # arguments -> the one line
     "--eval_top_p 1.5": "eval_top_p is 1.5; it must be above 0 and at most 1",
     "--learning_rate nan": "learning_rate is nan; it must be a finite number",
     "--updates_per_rollout 3": "updates_per_rollout is 3; it must divide the 8 completions of a step "
-                               "(prompts_per_step x group_size)",
+    "(prompts_per_step x group_size)",
     "--max_rows 2": "max_rows is 2; it must be at least 4, to hold one group",
     "--template none": "template is 'none'; it must be a text with {question} where the question goes",
     "--stage four": "argument --stage: invalid choice: 'four'",
@@ -261,7 +328,7 @@ BAD = {  # arguments -> the one line
     "--model nowhere": "model 'nowhere': no tokenizer there",
     "--device gpu": "device is 'gpu'; it must be auto, cpu, cuda or cuda:N",
     "--output_dir full": "output_dir 'full' already holds a run or other files; go on with it by --resume, or name "
-                         "another folder",
+    "another folder",
     "--output_dir full/notes.txt": "output_dir 'full/notes.txt' already holds a run",
     "--resume --output_dir empty": "output_dir 'empty' holds no run to resume",
     "--max_prompt_tokens 3": "a question makes a prompt of",
@@ -298,9 +365,15 @@ def test_two_processes_make_the_gradients_of_one(make_model, random_rollout, tmp
         optimizer = grpo.MasterAdamW(model, 1e-3)
         kept = {}
         optimizer.adamw.step = lambda: kept.update(
-            {name: p.grad.clone() for name, p in model.named_parameters()})
-        norm = grpo.update_policy(model, optimizer, rollout.select(rows), grpo.dataclasses.replace(
-            cfg, loss_average=average, max_grad_norm=1e9), 1e-3)["grad_norm"]
+            {name: p.grad.clone() for name, p in model.named_parameters()}
+        )
+        norm = grpo.update_policy(
+            model,
+            optimizer,
+            rollout.select(rows),
+            grpo.dataclasses.replace(cfg, loss_average=average, max_grad_norm=1e9),
+            1e-3,
+        )["grad_norm"]
         return kept, norm
 
     def work(rank):
@@ -321,16 +394,29 @@ def test_two_processes_make_the_gradients_of_one(make_model, random_rollout, tmp
 
 
 def test_the_doctor_names_what_is_wrong():
-    healthy = dict(truncated=0.1, dead_groups=0.3, clip_fraction=0.01, kl=0.01, entropy=0.3, moved=1e-6,
-                   grad_norm=0.5, outcomes={"right": 3, "wrong": 2})
+    healthy = dict(
+        truncated=0.1,
+        dead_groups=0.3,
+        clip_fraction=0.01,
+        kl=0.01,
+        entropy=0.3,
+        moved=1e-6,
+        grad_norm=0.5,
+        outcomes={"right": 3, "wrong": 2},
+    )
     cfg = grpo.make_config()
     assert grpo.doctor(healthy, cfg) == []
-    for change, words in (({"truncated": 0.92}, "92% of completions hit max_completion_tokens"),
-                          ({"dead_groups": 1.0}, "all groups flat: no gradient"),
-                          ({"dead_groups": 0.9}, "90% of groups flat"), ({"clip_fraction": 0.5}, "the clip stops 50%"),
-                          ({"kl": 3.0}, "a KL of 3.0"), ({"entropy": 0.001}, "an entropy of 0.001"),
-                          ({"moved": 0.5}, "0.50 nats from those at sampling"),
-                          ({"grad_norm": float("nan")}, "not finite"), ({"outcomes": {"timeout": 2}}, "2 answers")):
+    for change, words in (
+        ({"truncated": 0.92}, "92% of completions hit max_completion_tokens"),
+        ({"dead_groups": 1.0}, "all groups flat: no gradient"),
+        ({"dead_groups": 0.9}, "90% of groups flat"),
+        ({"clip_fraction": 0.5}, "the clip stops 50%"),
+        ({"kl": 3.0}, "a KL of 3.0"),
+        ({"entropy": 0.001}, "an entropy of 0.001"),
+        ({"moved": 0.5}, "0.50 nats from those at sampling"),
+        ({"grad_norm": float("nan")}, "not finite"),
+        ({"outcomes": {"timeout": 2}}, "2 answers"),
+    ):
         (sentence,) = grpo.doctor({**healthy, **change}, cfg)
         assert words in sentence
 

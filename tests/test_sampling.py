@@ -1,5 +1,6 @@
 """Sampling. Oracles: transformers' greedy generate; a sampler without cache that runs a full forward pass for every
 token; softmax(logits / T) by a chi-square test."""
+
 import copy
 
 import pytest
@@ -10,11 +11,18 @@ from transformers.generation.logits_process import TopPLogitsWarper
 import grpo
 from grpo import pick_tokens, sample_completions
 
-PROMPTS = ["User: What is 3 + 4? Assistant:", "x", "User: 3 + 4 is 7", "<think> 7 </think> <answer> 7 </answer>"]
+PROMPTS = [
+    "User: What is 3 + 4? Assistant:",
+    "x",
+    "User: 3 + 4 is 7",
+    "<think> 7 </think> <answer> 7 </answer>",
+]
 
 
 def sample(model, tokenizer, prompts=PROMPTS, **settings):
-    return sample_completions(model, tokenizer, prompts, **{**dict(group_size=3, max_completion_tokens=16, seed=1), **settings})
+    return sample_completions(
+        model, tokenizer, prompts, **{**dict(group_size=3, max_completion_tokens=16, seed=1), **settings}
+    )
 
 
 def stopping(model, tokenizer, every=12):
@@ -24,13 +32,20 @@ def stopping(model, tokenizer, every=12):
 
 
 def completion_ids(rollout):
-    return [ids[p : p + c].tolist() for ids, p, c in zip(rollout.ids, rollout.prompt_tokens, rollout.completion_tokens)]
+    return [
+        ids[p : p + c].tolist()
+        for ids, p, c in zip(rollout.ids, rollout.prompt_tokens, rollout.completion_tokens)
+    ]
 
 
-def slow_samples(model, tokenizer, prompts, group_size, max_completion_tokens, temperature=1.0, top_p=1.0, seed=1):
+def slow_samples(
+    model, tokenizer, prompts, group_size, max_completion_tokens, temperature=1.0, top_p=1.0, seed=1
+):
     """Token by token, no cache, one row at a time, with the same random numbers."""
     stops = grpo.stop_token_ids(model, tokenizer)
-    uniform = torch.rand(len(prompts) * group_size, max_completion_tokens, generator=torch.Generator().manual_seed(seed))
+    uniform = torch.rand(
+        len(prompts) * group_size, max_completion_tokens, generator=torch.Generator().manual_seed(seed)
+    )
     result = []
     for b, numbers in enumerate(uniform):
         ids = start = tokenizer(prompts[b // group_size])["input_ids"]
@@ -41,7 +56,7 @@ def slow_samples(model, tokenizer, prompts, group_size, max_completion_tokens, t
             ids = ids + [token]
             if token in stops:
                 break
-        result.append(ids[len(start):])
+        result.append(ids[len(start) :])
     return result
 
 
@@ -56,10 +71,13 @@ def p_value(tokens, probs, at_least=20):
     expected = torch.tensor(expected, dtype=torch.float64)
     statistic = ((bins[tokens].bincount(minlength=len(expected)) - expected) ** 2 / expected).sum()
     assert len(expected) > 5
-    return float(torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2, dtype=torch.float64), statistic / 2))
+    return float(
+        torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2, dtype=torch.float64), statistic / 2)
+    )
 
 
-# --- against transformers --------------------------------------------------------------------------------------------
+# --- against transformers 
+
 
 def test_greedy_equals_generate(architecture, make_model, plain, tokenizer):
     model = make_model(architecture)
@@ -71,8 +89,13 @@ def test_greedy_equals_generate(architecture, make_model, plain, tokenizer):
     for b, ids in enumerate(completion_ids(rollout)):
         inputs = tokenizer(PROMPTS[b // 2], return_tensors="pt")
         expected = plain(model).generate(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], do_sample=False, max_new_tokens=24,
-            eos_token_id=stops, pad_token_id=0)[0, inputs["input_ids"].shape[1]:]
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            do_sample=False,
+            max_new_tokens=24,
+            eos_token_id=stops,
+            pad_token_id=0,
+        )[0, inputs["input_ids"].shape[1] :]
         assert ids == expected.tolist()
     lengths = rollout.completion_tokens.tolist()
     assert min(lengths) <= 3 and max(lengths) == 24 and len(set(map(tuple, completion_ids(rollout)))) == 4
@@ -90,25 +113,34 @@ def test_greedy_takes_the_most_probable_token(architecture, device_and_dtype, ma
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 1.0), (0.6, 0.95), (0, 1.0)])
-def test_logprobs_are_those_of_a_full_forward_pass(architecture, device_and_dtype, temperature, top_p, make_model, plain,
-                                                   tokenizer, full_logprobs):
+def test_logprobs_are_those_of_a_full_forward_pass(
+    architecture, device_and_dtype, temperature, top_p, make_model, plain, tokenizer, full_logprobs
+):
     model = stopping(make_model(architecture, *device_and_dtype), tokenizer)
     rollout = sample(model, tokenizer, temperature=temperature, top_p=top_p)
     expected = full_logprobs(plain(model), rollout, temperature or 1.0)
     tolerance = 1e-5 if model.dtype == torch.float32 else 0.1
     torch.testing.assert_close(rollout.sample_logprobs, expected, atol=tolerance, rtol=0)
-    assert rollout.sample_logprobs.dtype == torch.float32 and not rollout.sample_logprobs[~rollout.completion_mask].any()
+    assert (
+        rollout.sample_logprobs.dtype == torch.float32
+        and not rollout.sample_logprobs[~rollout.completion_mask].any()
+    )
 
 
-# --- what must change nothing ----------------------------------------------------------------------------------------
+# --- what must change nothing 
+
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.9)])
-def test_cache_compaction_and_waves_change_no_token(architecture, temperature, top_p, make_model, plain, tokenizer,
-                                                    monkeypatch):
+def test_cache_compaction_and_waves_change_no_token(
+    architecture, temperature, top_p, make_model, plain, tokenizer, monkeypatch
+):
     model = stopping(make_model(architecture), tokenizer)
     dropped, drop_ended = [], grpo.Decoder.drop_ended
-    monkeypatch.setattr(grpo.Decoder, "drop_ended",
-                        lambda self, rows, keep: (dropped.append(rows - keep), drop_ended(self, rows, keep)))
+    monkeypatch.setattr(
+        grpo.Decoder,
+        "drop_ended",
+        lambda self, rows, keep: (dropped.append(rows - keep), drop_ended(self, rows, keep)),
+    )
     settings = dict(group_size=4, max_completion_tokens=12, temperature=temperature, top_p=top_p)
     rollout = sample(model, tokenizer, max_rows=9, **settings)
     other = plain(model)
@@ -119,7 +151,9 @@ def test_cache_compaction_and_waves_change_no_token(architecture, temperature, t
 
 @pytest.mark.parametrize("max_rows", (3, 6, 8, 12, 100))
 def test_waves_change_nothing(max_rows, make_model, tokenizer):
-    whole, waves = (sample(stopping(make_model(), tokenizer), tokenizer, max_rows=rows) for rows in (None, max_rows))
+    whole, waves = (
+        sample(stopping(make_model(), tokenizer), tokenizer, max_rows=rows) for rows in (None, max_rows)
+    )
     assert torch.equal(whole.ids, waves.ids) and whole.texts == waves.texts
     torch.testing.assert_close(whole.sample_logprobs, waves.sample_logprobs, atol=1e-5, rtol=0)
 
@@ -161,8 +195,18 @@ def test_the_completions_of_a_group_are_neighbours_and_differ(make_model, tokeni
     assert len(set(rollout.texts)) == 16
 
 
-@pytest.mark.parametrize("setting", (dict(top_k=1), dict(temperature=0.01), dict(top_p=0.01), dict(repetition_penalty=9.0),
-                                     dict(do_sample=False), dict(max_new_tokens=2), dict(min_new_tokens=9)))
+@pytest.mark.parametrize(
+    "setting",
+    (
+        dict(top_k=1),
+        dict(temperature=0.01),
+        dict(top_p=0.01),
+        dict(repetition_penalty=9.0),
+        dict(do_sample=False),
+        dict(max_new_tokens=2),
+        dict(min_new_tokens=9),
+    ),
+)
 def test_the_checkpoints_generation_config_has_no_influence(setting, make_model, tokenizer):
     model = make_model()
     expected = sample(model, tokenizer)
@@ -176,21 +220,35 @@ def test_sampling_is_in_eval_mode_with_the_cache_on(make_model, tokenizer):
     model.gradient_checkpointing_enable({"use_reentrant": False})
     calls = []
     model.base_model.register_forward_hook(
-        lambda module, args, kwargs, out: calls.append((module.training, tuple(kwargs["input_ids"].shape))), with_kwargs=True)
+        lambda module, args, kwargs, out: calls.append((module.training, tuple(kwargs["input_ids"].shape))),
+        with_kwargs=True,
+    )
     for layer in model.base_model.layers:
         layer._gradient_checkpointing_func = None  # fails if it is called
     rollout = sample(model.train(), tokenizer)
     assert torch.equal(rollout.ids, expected.ids) and not rollout.sample_logprobs.requires_grad
-    assert calls[0] == (False, (len(PROMPTS), int(rollout.prompt_tokens.max())))  # one prefill per prompt, not per completion
+    assert calls[0] == (
+        False,
+        (len(PROMPTS), int(rollout.prompt_tokens.max())),
+    )  # one prefill per prompt, not per completion
     assert {(training, shape[1]) for training, shape in calls[1:]} == {(False, 1)}
 
 
-# --- the distribution ------------------------------------------------------------------------------------------------
+# --- the distribution 
+
 
 @pytest.mark.parametrize("temperature", (1.0, 0.7))
 def test_frequencies_follow_the_softmax(temperature, make_model, plain, tokenizer):
     model, rows = make_model("llama", spread=0.2), 12_000
-    rollout = sample(model, tokenizer, PROMPTS[:1], group_size=rows, max_completion_tokens=2, temperature=temperature, seed=0)
+    rollout = sample(
+        model,
+        tokenizer,
+        PROMPTS[:1],
+        group_size=rows,
+        max_completion_tokens=2,
+        temperature=temperature,
+        seed=0,
+    )
     ids, p = rollout.ids, int(rollout.prompt_tokens[0])
     first = ids[:, p]
     common = int(first.mode().values)
@@ -199,7 +257,9 @@ def test_frequencies_follow_the_softmax(temperature, make_model, plain, tokenize
         with torch.no_grad():
             logits = plain(model)(input_ids=prefix[None]).logits[0, -1]
         assert p_value(drawn, (logits / temperature).softmax(-1)) > 1e-3
-        assert p_value(drawn, (logits / (1.7 - temperature)).softmax(-1)) < 1e-6  # it can tell temperatures apart
+        assert (
+            p_value(drawn, (logits / (1.7 - temperature)).softmax(-1)) < 1e-6
+        )  # it can tell temperatures apart
 
 
 def test_every_token_of_the_vocabulary_can_be_drawn(make_model, tokenizer):
@@ -247,7 +307,8 @@ def test_greedy_ignores_the_random_number_and_top_p():
         torch.testing.assert_close(logprobs, logits.log_softmax(-1).amax(-1))
 
 
-# --- where a completion ends -----------------------------------------------------------------------------------------
+# --- where a completion ends 
+
 
 def spelled(model, tokenizer, monkeypatch, rows, prompts=("x",), **settings):
     """A rollout whose drawn tokens are given, row by row."""
@@ -259,10 +320,18 @@ def spelled(model, tokenizer, monkeypatch, rows, prompts=("x",), **settings):
         return script[alive, place["t"] - 1], torch.full((len(logits),), -1.0)
 
     numbers = (torch.arange(len(rows)) + 0.5) / len(rows)
-    monkeypatch.setattr(grpo.torch, "rand", lambda n, width, generator: numbers[:, None].expand(n, width).clone())
+    monkeypatch.setattr(
+        grpo.torch, "rand", lambda n, width, generator: numbers[:, None].expand(n, width).clone()
+    )
     monkeypatch.setattr(grpo, "pick_tokens", pick)
-    return sample_completions(model, tokenizer, list(prompts), group_size=len(rows),
-                              max_completion_tokens=script.shape[1], **settings)
+    return sample_completions(
+        model,
+        tokenizer,
+        list(prompts),
+        group_size=len(rows),
+        max_completion_tokens=script.shape[1],
+        **settings,
+    )
 
 
 ROWS = [[5, 7, 2, 0, 0], [5, 2, 9, 9, 9], [4, 4, 4, 4, 4], [2, 2, 2, 2, 2], [6, 3, 2, 2, 2]]
@@ -274,7 +343,12 @@ def test_completion_mask_ends_with_the_first_end_token(stops, last, make_model, 
     model.generation_config.eos_token_id = stops
     rollout = spelled(model, tokenizer, monkeypatch, ROWS)
     assert rollout.completion_mask.int().tolist() == [
-        [1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0], last]
+        [1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 1],
+        [1, 0, 0, 0, 0],
+        last,
+    ]
     assert rollout.truncated.tolist() == [False, False, True, False, False]
     assert rollout.completion_tokens.tolist() == rollout.completion_mask.sum(1).tolist()
     assert torch.equal(rollout.sample_logprobs, -rollout.completion_mask.float())
@@ -289,7 +363,9 @@ def test_an_end_token_in_the_last_place_is_no_truncation(make_model, tokenizer, 
 
 def test_padding_that_equals_the_end_token_is_not_in_the_mask(make_model, tokenizer, monkeypatch):
     end = tokenizer.eos_token_id
-    rollout = spelled(make_model(), tokenizer, monkeypatch, [[8, end, end, end], [end, end, end, end], [8, 8, 8, 8]])
+    rollout = spelled(
+        make_model(), tokenizer, monkeypatch, [[8, end, end, end], [end, end, end, end], [8, 8, 8, 8]]
+    )
     assert rollout.completion_tokens.tolist() == [2, 1, 4]
     assert rollout.texts == [tokenizer.decode([8]), "", tokenizer.decode([8] * 4)]
 
@@ -315,7 +391,9 @@ def test_stop_tokens_are_the_union_of_model_tokenizer_and_template(make_model, t
     for listed, expected in ((None, {0}), (7, {0, 7}), ([7, 9], {0, 7, 9})):
         model.generation_config.eos_token_id = listed
         assert grpo.stop_token_ids(model, tokenizer) == expected
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|turn|>\n{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|turn|>\n{% endfor %}"
+    )
     assert grpo.stop_token_ids(model, tokenizer) == {0, 7, 9, turn}
 
 
@@ -329,10 +407,18 @@ def test_new_stop_tokens_are_obeyed_at_once(make_model, tokenizer):
         assert after == (before[: before.index(third) + 1] if third in before else before)
 
 
-# --- texts -----------------------------------------------------------------------------------------------------------
+# --- texts 
 
-@pytest.mark.parametrize("prompt, start", [("Assistant: <think>", "<think>"), ("Assistant: <think>\n", "<think>"),
-                                           ("Assistant:", ""), ("<think> Assistant:", "")])
+
+@pytest.mark.parametrize(
+    "prompt, start",
+    [
+        ("Assistant: <think>", "<think>"),
+        ("Assistant: <think>\n", "<think>"),
+        ("Assistant:", ""),
+        ("<think> Assistant:", ""),
+    ],
+)
 def test_a_prefilled_tag_belongs_to_the_text(prompt, start, make_model, tokenizer, monkeypatch):
     rows = [tokenizer(" 3 + 4")["input_ids"] + [tokenizer.eos_token_id]]
     rollout = spelled(make_model(), tokenizer, monkeypatch, rows, [prompt])
