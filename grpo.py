@@ -30,7 +30,6 @@ Dimension names: batch = prompts x group_size, the completions of a prompt side 
 tokens, padded on the right; length = prompt + completion, padded on the right; tokens = without any padding.
 """
 
-import argparse
 import ast
 import contextlib
 import copy
@@ -47,14 +46,14 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 import unicodedata
-import urllib.parse
+import urllib.error
+import urllib.request
 from collections import Counter
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -122,7 +121,7 @@ class Config:
     skip_bad_answers: bool = setting(False, "leave out problems whose answer does not verify against itself")
 
     # sampling from π_old
-    prompts_per_step: int = setting(32, "questions in one step", "32")
+    prompts_per_step: int = setting(32, "questions in one step", "512, in 16 updates of 32")
     group_size: int = setting(8, "G, completions of each question", "16")
     max_completion_tokens: int = setting(768, "longest completion, tokens", "32,768, then 65,536")
     temperature: float = setting(1.0, "T of sampling and of every log-probability", "1")
@@ -150,7 +149,6 @@ class Config:
     scale_advantages: bool = setting(True, "divide by the group's standard deviation (Dr. GRPO: no)", "yes")
     mask_truncated: bool = setting(False, "take truncated completions out of the loss (DAPO)")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
-    adam_beta2: float = setting(0.95, "Adam's second beta; the first is 0.9, weight decay 0")
 
     # memory and speed
     micro_batch_tokens: int = setting(16_384, "tokens, padding included, in one forward and backward pass")
@@ -184,7 +182,6 @@ class Config:
             ("at least 2: an advantage compares completions of one prompt", lambda v: v >= 2, "group_size"),
             ("above 0", lambda v: v > 0, "temperature learning_rate clip_eps clip_eps_high max_grad_norm"),
             ("above 0 and at most 1", lambda v: 0 < v <= 1, "eval_top_p"),
-            ("at least 0 and below 1", lambda v: 0 <= v < 1, "adam_beta2"),
             ("a text with {question} where the question goes", lambda v: "{question}" in v, "template"),
         ):
             for name in names.split():
@@ -199,11 +196,11 @@ class Config:
             raise InputError(f"max_rows is {self.max_rows}; it must be at least {group}, to hold one group")
 
 
-# What the embedded model needs instead; measured on two CPU cores.
+# What the embedded model needs instead: the README has what comes out.
 TINY = dict(
-    template="User: {question} Assistant:", prompts_per_step=16, group_size=16, max_completion_tokens=144,
-    steps=70, learning_rate=5e-4, kl_coef=0.0, micro_batch_tokens=2_048, gradient_checkpointing=False,
-    eval_every=20,
+    data="calculator", template="User: {question} Assistant:", prompts_per_step=16, group_size=16,
+    max_completion_tokens=144, steps=70, learning_rate=5e-4, kl_coef=0.0, micro_batch_tokens=2_048,
+    gradient_checkpointing=False, eval_every=20,
 )
 
 
@@ -227,12 +224,7 @@ def parse_args(argv: list[str]) -> Config:
         raise InputError(f"{message}; python grpo.py --help explains every setting")
 
     parser.error = refuse
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.error = refuse
-    for name in ("stage", "model", "output_dir"):
-        first.add_argument(f"--{name}", default=getattr(Config, name))
-    first.add_argument("--resume", nargs="?", const=True)
-    known, _ = first.parse_known_args(argv)
+    known, _ = parser.parse_known_args(argv)
     saved = read_json(run_folder(known) / "config.json") if known.resume else None
     parser.set_defaults(**(saved or (TINY if is_tiny(known.model) else {})))
     cfg, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
@@ -339,9 +331,9 @@ def fetch(url: str) -> str:
 
 
 def load_problems(source: str, evaluation: bool = False, seed: int = 0, whole: bool = False) -> list[Problem]:
-    """The training problems of a data source or, with `evaluation`, its held-out ones; the two never overlap.
+    """The training problems of a data source or, with `evaluation`, its held-out ones; they do not overlap.
 
-    Of a file a tenth is held out, by hash of the question; `whole` takes all of it.
+    Of a file a tenth is held out, by hash of the question; `whole` takes all of it, for both.
     """
     if source == "calculator":
         return calculator_problems(evaluation)
@@ -364,6 +356,9 @@ def load_problems(source: str, evaluation: bool = False, seed: int = 0, whole: b
 
 def render_prompt(tokenizer, question: str, cfg: Config) -> str:
     """The text before the completion: the template, or the tokenizer's own chat template if asked for."""
+    if cfg.chat_template and not tokenizer.chat_template:
+        raise InputError("chat_template is True, but the tokenizer has none; leave it out or take an instruct "
+                         "model")
     if cfg.chat_template:
         return tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
                                              add_generation_prompt=True)
@@ -381,10 +376,10 @@ def stop_token_ids(model, tokenizer) -> set[int]:
     listed = getattr(model.generation_config, "eos_token_id", None)
     stops = {tokenizer.eos_token_id, *(listed if isinstance(listed, (list, tuple)) else [listed])}
     if tokenizer.chat_template:
-        turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
-        tail = tokenizer.apply_chat_template(turn, tokenize=False).rpartition("x")[2]
+        turn = [{"role": "user", "content": "@@"}, {"role": "assistant", "content": "@@"}]
+        tail = tokenizer.apply_chat_template(turn, tokenize=False).rpartition("@@")[2].strip()
         ends = tokenizer(tail, add_special_tokens=False)["input_ids"][:1]
-        stops |= {*ends} & {*tokenizer.all_special_ids}
+        stops |= {i for i in ends if i in tokenizer.added_tokens_decoder}
     return stops - {None}
 
 
@@ -618,15 +613,17 @@ def build_base_model(folder, seed: int = 0, steps: int = 2500) -> Path:
 
 def last_boxes(text: str) -> list[str]:
     """Contents of the outermost balanced \\boxed{...} of `text`, in order, in one pass."""
-    stack, boxes = [], []
+    stack, boxes, inside = [], [], 0
     for match in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\[{}\\]|[{}]", text):
         token = match.group()
         if token == "}" and stack:
             start = stack.pop()
-            if start is not None and not any(stack):
+            inside -= start is not None
+            if start is not None and not inside:
                 boxes.append(text[start:match.start()].strip())
         elif token[-1] == "{" and token != r"\{":
             stack.append(match.end() if len(token) > 1 else None)
+            inside += len(token) > 1
     return boxes
 
 
@@ -647,7 +644,7 @@ def extract_answer(completion: str, lenient: bool = False) -> str | None:
         return ", ".join(dict.fromkeys(last_boxes(content))) or content.strip() or None
     if not lenient:
         return None if opened or "</answer>" in final else ", ".join(dict.fromkeys(last_boxes(final))) or None
-    numbers = re.findall(r"[-(]*\d(?:[\d\s.+\-*/×÷()]|,(?=\d))*", completion)
+    numbers = re.findall(r"(?<![-(])[-(]*\d(?:[\d\s.+\-*/×÷()]|,(?=\d))*", completion)
     return (last_boxes(completion) or [number.rstrip(" .\n+-*/×÷(") for number in numbers[-1:]] or [None])[-1]
 
 
@@ -1129,10 +1126,14 @@ def check_references(problems: list[Problem]) -> list[Problem]:
     return [problem for problem in problems if not usable.get(problem.task, default)(problem)]
 
 
+def find_answer(completion: str, problem: Problem, lenient: bool = False) -> str | None:
+    """What a completion ends in: an answer or, where code is asked for, a program."""
+    return extract_program(completion) if problem.task == "code" else extract_answer(completion, lenient)
+
+
 def grade(completion: str, problem: Problem, lenient: bool = False) -> str:
-    """Outcome of a whole completion: `verify` of the answer, or for code of the program, that it ends in."""
-    code = problem.task == "code"
-    return verify(extract_program(completion) if code else extract_answer(completion, lenient), problem)
+    """Outcome of a whole completion: `verify` of the answer that it ends in."""
+    return verify(find_answer(completion, problem, lenient), problem)
 
 
 def accuracy_reward(completion: str, problem: Problem) -> float:
@@ -1178,7 +1179,7 @@ import json, os, runpy, sys
 seconds, megabytes, asserts = map(int, sys.argv[1:])
 try:                                                # AS last: not every system has it
     import resource
-    for name, value in dict(CPU=seconds, FSIZE=1 << 24, CORE=0, NPROC=64, AS=megabytes << 20).items():
+    for name, value in dict(CPU=seconds, FSIZE=1 << 24, CORE=0, NPROC=1024, AS=megabytes << 20).items():
         resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
 except (ImportError, AttributeError, ValueError, OSError):
     pass
@@ -1372,7 +1373,10 @@ class Decoder:
         self.stop_ids = torch.tensor(stops, device=device)
         self.trunk, self.head = model.base_model, model.get_output_embeddings()
         self.decoding_trunk = torch.compile(self.trunk, dynamic=False) if compile else self.trunk
+        if compile:
+            torch._dynamo.config.recompile_limit = 64  # one for every (rows, width), as there are graphs
         self.graphs, self.pool = {}, None
+        self.share, self.width, self.temperature, self.top_p = 0, 0, 1.0, 1.0  # of the rollout going on
 
     def get_seq_length(self, *_):
         return 0  # transformers would number positions by it; they are handed over instead
@@ -1420,7 +1424,10 @@ class Decoder:
         self.draw(self.head(out.last_hidden_state[:, 0]))
 
     def step(self, rows: int, width: int):
-        """`decode`; on CUDA replayed from a graph, or thousands of small kernels would wait for Python."""
+        """`decode`; on CUDA replayed from a graph, or thousands of small kernels would wait for Python.
+
+        Rows that have ended and not yet left go on too; what they draw is cut off at the end.
+        """
         self.width, key = width, (rows, width, self.temperature, self.top_p)
         if self.token.device.type != "cuda":
             self.decode(rows)
@@ -1559,10 +1566,10 @@ def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
 
 
 def group_advantages(rewards: torch.Tensor, scale: bool = True) -> torch.Tensor:
-    """A_i = (r_i - mean(r)) / std(r) within each group [R1 Eq. 3]; (prompts, group_size) -> the same shape.
+    """A_i = (r_i - mean(r)) / (std(r) + 1e-4) within each group [R1 Eq. 3]; (prompts, group_size) -> same.
 
-    Without `scale`, no division [DrGRPO]. Where all rewards are equal A is exactly 0: what rounding leaves of
-    their differences must not be blown up.
+    The standard deviation is the population's. Without `scale`, no division [DrGRPO]. Where all rewards are
+    equal A is exactly 0: what rounding leaves of their differences must not be blown up.
     """
     advantages = rewards - rewards.mean(1, keepdim=True)
     if scale:
@@ -1621,10 +1628,10 @@ class MasterAdamW:
     masters add such steps up; the model holds their rounded copies. A float32 weight is its own master.
     """
 
-    def __init__(self, model, learning_rate: float, beta2: float = 0.95):
+    def __init__(self, model, learning_rate: float):
         self.weights = [p for p in model.parameters() if p.requires_grad]
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.weights]
-        self.adamw = torch.optim.AdamW(self.masters, lr=learning_rate, betas=(0.9, beta2), weight_decay=0.0,
+        self.adamw = torch.optim.AdamW(self.masters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0,
                                        fused=model.device.type == "cuda")
 
     def state_dict(self) -> dict:
@@ -1634,7 +1641,7 @@ class MasterAdamW:
     def load_state_dict(self, state: dict):
         """The counterpart of `state_dict`; the weights are loaded with the model."""
         self.adamw.load_state_dict(state["adamw"])
-        for (_, master), saved in zip(self.rounded(), state["masters"]):
+        for (_, master), saved in zip(self.rounded(), state["masters"], strict=True):
             master.copy_(saved)
 
     def rounded(self):
@@ -1668,14 +1675,35 @@ class MasterAdamW:
 # Train
 # ------------------------------------------------------------------------------------------------------------
 
-REFLECTION = re.compile(  # the ten words of [N, supplement, Fig. 9], and 等, "wait"
-    r"\b(?:wait|mistake|however|but|retry|error|verify|wrong|evaluate|check)\b|等", re.IGNORECASE)
+REFLECTION = re.compile(  # the ten words of [N, supplement, Fig. 9]; 等 is wait, 但 is but
+    r"\b(?:wait|mistake|however|but|retry|error|verify|wrong|evaluate|check)\b|等|但", re.IGNORECASE)
 
 
 def mean(values) -> float:
     """Arithmetic mean of numbers, 0 of none."""
     values = [float(value) for value in values]
     return sum(values) / len(values) if values else 0.0
+
+
+def max_over_ranks(value: int) -> int:
+    """The largest of what the processes hold."""
+    values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return max(values)
+
+
+def over_ranks(metrics: dict) -> dict:
+    """A step's metrics of all processes as one: the loss, rates and counts add up, the rest is averaged."""
+    if not dist.is_initialized():
+        return metrics
+    parts: list[dict] = [{}] * dist.get_world_size()
+    dist.all_gather_object(parts, metrics)
+    added = {name for name in metrics if name == "loss" or name.endswith("per_second")}
+    merged = {name: sum(part[name] for part in parts) / (1 if name in added else len(parts))
+              for name, value in metrics.items() if isinstance(value, float)}
+    outcomes = sum((Counter(part["outcomes"]) for part in parts), Counter())
+    return {**metrics, **merged, "outcomes": dict(outcomes)}
 
 
 def share_of_rank(batch: list) -> list:
@@ -1747,8 +1775,8 @@ def update_policy(policy, optimizer: MasterAdamW, rollout: Rollout, cfg: Config,
             kl_coef=cfg.kl_coef)
         loss.backward()
         optimizer.accumulate()
-        moved = (logprobs.detach() - part.old_logprobs).abs()[part.completion_mask].sum()
-        stats.update(loss=loss.item(), entropy=entropy.sum().item(), moved=moved.item(),
+        gap = (logprobs.detach() - part.sample_logprobs).abs()[part.completion_mask].sum()
+        stats.update(loss=loss.item(), entropy=entropy.sum().item(), sampler_gap=gap.item(),
                      all_tokens=int(part.completion_tokens.sum()))
         sums = {name: sums.get(name, 0.0) + value for name, value in stats.items()}
     sums["grad_norm"] = optimizer.step(learning_rate, cfg.max_grad_norm)
@@ -1785,12 +1813,12 @@ def train_grpo(policy, tokenizer, problems: list[Problem], cfg: Config, after_st
     `after_step(metrics, rollout, batch, get_state)` is called after every step and ends the training by
     returning True. get_state() is what a later call takes as `state` to go on exactly there; all that is
     random is drawn from (seed, step), so no generator is in it; its tensors are live: save or copy them.
-    Raises RunError after three gradients in a row that are not finite.
+    Raises RunError after three steps in a row with a gradient that is not finite.
     """
-    optimizer = MasterAdamW(policy, cfg.learning_rate, cfg.adam_beta2)
+    optimizer = MasterAdamW(policy, cfg.learning_rate)
     policy.grpo_decoder = None  # not to be copied
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None  # π_ref
-    if cfg.gradient_checkpointing:  # the method's old name until transformers 5.2x
+    if cfg.gradient_checkpointing:  # in transformers before 5.23 by its old name
         getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)(
             {"use_reentrant": False})
     if state:
@@ -1801,7 +1829,8 @@ def train_grpo(policy, tokenizer, problems: list[Problem], cfg: Config, after_st
     for step in range(state["step"] + 1 if state else 1, cfg.steps + 1):
         started, seed = time.perf_counter(), cfg.seed * 1_000_003 + step
         batch = share_of_rank(batch_of_problems(problems, step, cfg))  # q ~ P(Q)
-        rollout = sample_for(policy, tokenizer, batch, cfg, cfg.group_size, seed)  # o_1 ... o_G ~ π_old(.|q)
+        # o_1 ... o_G ~ π_old(. | q); each process draws its own
+        rollout = sample_for(policy, tokenizer, batch, cfg, cfg.group_size, seed + 10**9 * rank())
         sample_seconds, sample_gb = time.perf_counter() - started, peak_gb(policy.device)
         rewards, parts, outcomes = score(rollout, batch, cfg)
         rollout.advantages = group_advantages(rewards, cfg.scale_advantages).flatten().to(policy.device)
@@ -1818,17 +1847,18 @@ def train_grpo(policy, tokenizer, problems: list[Problem], cfg: Config, after_st
         if ref_model and cfg.ref_every and step % cfg.ref_every == 0:
             ref_model.load_state_dict(policy.state_dict())
 
-        unusable = 0 if math.isfinite(updates[-1]["grad_norm"]) else unusable + 1
+        unusable = 0 if all(math.isfinite(update["grad_norm"]) for update in updates) else unusable + 1
         metrics = step_metrics(step, rollout, rewards, parts, outcomes, updates, sample_seconds,
                                time.perf_counter() - started)
         metrics.update(sample_peak_gb=sample_gb, update_peak_gb=peak_gb(policy.device))
+        metrics = over_ranks(metrics)
         get_state = lambda: dict(step=step, optimizer=optimizer.state_dict(),  # noqa: E731
                                  ref_model=ref_model.state_dict() if ref_model else None)
         if after_step and after_step(metrics, rollout, batch, get_state):
             return
         if unusable == 3:
-            raise RunError("three gradients in a row were not finite; lower learning_rate, or go back to a "
-                           "checkpoint from before with --resume; the batches were kept beside it")
+            raise RunError("in three steps in a row gradients were not finite; lower learning_rate, or go "
+                           "back to a checkpoint from before with --resume; the batches were kept beside it")
 
 
 def step_metrics(step, rollout, rewards, parts, outcomes, updates, sample_seconds, update_seconds) -> dict:
@@ -1843,7 +1873,8 @@ def step_metrics(step, rollout, rewards, parts, outcomes, updates, sample_second
         reflection=mean(bool(REFLECTION.search(text)) for text in rollout.texts),
         loss=mean(u["loss"] for u in updates), grad_norm=mean(u["grad_norm"] for u in updates),
         kl=total["kl"] / in_loss, ratio=total["ratio"] / in_loss, clip_fraction=total["clipped"] / in_loss,
-        entropy=total["entropy"] / all_tokens, moved=updates[0]["moved"] / max(1, updates[0]["all_tokens"]),
+        entropy=total["entropy"] / all_tokens,
+        sampler_gap=updates[0]["sampler_gap"] / max(1, updates[0]["all_tokens"]),
         outcomes=dict(outcomes), sample_seconds=sample_seconds, update_seconds=update_seconds,
         sample_tokens_per_second=tokens / sample_seconds, update_tokens_per_second=tokens / update_seconds)
 
@@ -1880,16 +1911,17 @@ def evaluate(model, tokenizer, problems: list[Problem], cfg: Config) -> dict:
     k = cfg.eval_samples
     rollout = sample_for(model, tokenizer, problems, cfg, k, cfg.seed, cfg.eval_temperature, cfg.eval_top_p)
     rows = [(text, problems[b // k]) for b, text in enumerate(rollout.texts)]
-    right = [accuracy_reward(*row) for row in rows]
+    right = [float(grade(*row) == "right") for row in rows]
     groups = [slice(i * k, (i + 1) * k) for i in range(len(problems))]
     per_problem, tokens = [mean(right[group]) for group in groups], rollout.completion_tokens.tolist()
-    votes = [majority_vote([extract_answer(text) for text in rollout.texts[group]],
-                           same_text if problem.task == "countdown" else answers_equal)
+    votes = [majority_vote([find_answer(*row) for row in rows[group]],
+                           answers_equal if problem.task == "math" else same_text)
              for group, problem in zip(groups, problems)]
     return dict(
         pass_at_1=mean(right), pass_at_1_ci95=confidence_interval(per_problem),
         maj_at_k=mean(verify(vote, problem) == "right" for vote, problem in zip(votes, problems)),
-        pass_at_k=mean(share > 0 for share in per_problem), k=k, problems=len(problems),
+        pass_at_k=mean(pass_at_k(k, round(k * share), k) for share in per_problem),
+        k=k, problems=len(problems),
         lenient_accuracy=mean(grade(*row, lenient=True) == "right" for row in rows),
         format_rate=mean(format_reward(*row) for row in rows), truncated_rate=mean(rollout.truncated),
         mean_tokens=mean(tokens), tokens_right=mean(n for n, r in zip(tokens, right) if r),
@@ -1920,14 +1952,14 @@ def stage_zero(cfg: Config, run: "Run"):
         if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
             if run.log_evaluation(step, evaluate(policy, tokenizer, held_out, cfg)) and rank() == 0:
                 save_model(policy, tokenizer, run.path / "best")
-        stop = bool(sum_over_ranks(torch.tensor(float(run.stopped_by > 0), device=policy.device)))
+        run.stopped_by = max_over_ranks(run.stopped_by)
         run.facts["train_seconds"] = time.perf_counter() - began
-        if (stop or step % cfg.save_every == 0) and rank() == 0:
+        if (run.stopped_by or step % cfg.save_every == 0) and rank() == 0:
             run.save(policy, tokenizer, get_state())
-        return stop
+        return run.stopped_by
 
-    train_grpo(policy, tokenizer, problems, cfg, after_step, state)
-    bar.close()
+    with bar, run.stoppable():
+        train_grpo(policy, tokenizer, problems, cfg, after_step, state)
     if run.stopped_by:
         sys.exit(128 + run.stopped_by)
     run.facts["after"] = evaluate(policy, tokenizer, held_out, cfg)
@@ -1937,7 +1969,7 @@ def stage_zero(cfg: Config, run: "Run"):
 
 
 def stage_eval(cfg: Config, run: "Run"):
-    """Evaluation [R1 3] of any checkpoint on any data; a file is taken whole."""
+    """Evaluation [R1 3] of any checkpoint on any data: of a file, the first eval_problems."""
     cfg, tokenizer, model, _, held_out, _ = prepare(cfg, run)
     run.facts["before"] = evaluate(model, tokenizer, held_out, cfg)
     run.finish()
@@ -1951,6 +1983,12 @@ def stage_eval(cfg: Config, run: "Run"):
 def rank() -> int:
     """Number of this process among those that train together; 0 alone."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def wait_for_all():
+    """Nobody goes on before all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def show(text: str):
@@ -1979,11 +2017,13 @@ def pick_device(cfg: Config) -> tuple[torch.device, torch.dtype]:
 def hub_is_reachable() -> bool:
     """Whether the Hugging Face hub answers; by itself transformers would try again for most of a minute."""
     try:
-        host = urllib.parse.urlparse(os.environ.get("HF_ENDPOINT", HUB)).hostname
-        socket.create_connection((host, 443), timeout=3).close()
-        return True
+        request = urllib.request.Request(os.environ.get("HF_ENDPOINT", HUB), method="HEAD")
+        urllib.request.urlopen(request, timeout=5).close()
+    except urllib.error.HTTPError:
+        pass  # a refusal is an answer
     except OSError:
         return False
+    return True
 
 
 def load_pretrained(kind, path: str, **settings):
@@ -2021,7 +2061,7 @@ def load_model(path: str, device, dtype):
         plain = model(input_ids=ids, use_cache=False).logits.float()
         model.set_attn_implementation("grouped")
     close = torch.allclose(ours, plain, atol=1e-3 if dtype == torch.float32 else 0.5, rtol=0.05)
-    if not close or "sliding_attention" in (getattr(model.config, "layer_types", None) or ()):
+    if not close or getattr(model.config, "sliding_window", None):
         raise InputError(f"model {path!r}: {model.config.model_type} has an attention or an output layer "
                          f"that this file does not know; take a Qwen2, Qwen3 or Llama checkpoint")
     return model
@@ -2033,13 +2073,15 @@ def memory_estimate(model_config, parameters: int, cfg: Config, dtype: torch.dty
     kept = layers * (1 if cfg.gradient_checkpointing else 16)  # hidden states a token, roughly
     in_layer = 16 * hidden + 3 * model_config.intermediate_size  # of the layer that is being recomputed
     heads = model_config.num_key_value_heads * head_size(model_config)
-    length = cfg.max_prompt_tokens + cfg.max_completion_tokens
+    length = cfg.max_prompt_tokens + cfg.max_completion_tokens + 256  # rounded up
     use = dict(
         weights=size * parameters, masters=4 * parameters * (size < 4), moments=8 * parameters,
         gradients=(4 + size * (size < 4)) * parameters, reference=size * parameters * (cfg.kl_coef > 0),
         activations=size * cfg.micro_batch_tokens * (kept * hidden + in_layer),
         logits=16 * cfg.logits_chunk_tokens * model_config.vocab_size,  # float32, four at a time
-        row=2 * size * layers * heads * length + 24 * model_config.vocab_size)
+        row=2 * size * layers * heads * length + 40 * model_config.vocab_size)  # ten where top-p sorts
+    if cfg.stage == "eval":
+        use = {name: use[name] for name in ("weights", "row")}
     return {name: value / 1e9 for name, value in use.items()}
 
 
@@ -2068,47 +2110,57 @@ def plan_memory(cfg: Config, path: str, device, dtype) -> Config:
     return dataclasses.replace(cfg, max_rows=rows)
 
 
-def check_data(problems: list[Problem], tokenizer, cfg: Config) -> list[Problem]:
-    """Refuse prompts that are too long and references that no answer could match, or leave the latter out."""
+def check_data(problems: list[Problem], cfg: Config) -> list[Problem]:
+    """Refuse references that no answer could match, or leave them out."""
     bad = check_references(problems)
     if bad and not cfg.skip_bad_answers:
-        raise InputError(f"data: {len(bad)} reference answers do not verify against themselves, such as "
-                         f"{', '.join(repr(p.answer) for p in bad[:3])}; mend them or set --skip_bad_answers")
+        shown = ", ".join(f"{p.answer[:40]!r} to {p.question[:40]!r}" for p in bad[:3])
+        raise InputError(f"data: {len(bad)} reference answers do not verify against themselves: {shown}; "
+                         f"mend them or set --skip_bad_answers")
+    ids = {id(problem) for problem in bad}
+    if len(bad) == len(problems):
+        raise InputError("data: no problem is left; give more, or mend the reference answers")
+    return [problem for problem in problems if id(problem) not in ids]
+
+
+def check_prompts(problems: list[Problem], tokenizer, cfg: Config):
+    """Refuse prompts that are too long."""
     for problem in problems:
         tokens = len(encode_prompt(tokenizer, render_prompt(tokenizer, problem.question, cfg)))
         if tokens > cfg.max_prompt_tokens:
             raise InputError(f"a question makes a prompt of {tokens} tokens, above max_prompt_tokens "
                              f"{cfg.max_prompt_tokens}; raise that, or leave out {problem.question[:50]!r}")
-    bad = {id(problem) for problem in bad}
-    return [problem for problem in problems if id(problem) not in bad]
 
 
 def prepare(cfg: Config, run: "Run"):
     """How every stage begins, cheap checks first -> cfg, tokenizer, policy, problems, held_out, state."""
-    if cfg.data == "countdown" and is_tiny(cfg.model):
-        cfg = dataclasses.replace(cfg, data="calculator")  # Countdown in words that the embedded model knows
     device, dtype = pick_device(cfg)
     if is_tiny(cfg.model):
         torch.set_num_threads(1)  # its matrices are so small that waiting for a second thread costs more
     whole = cfg.eval_data is not None or cfg.stage == "eval"
-    problems = load_problems(cfg.data, False, cfg.seed, whole)
-    held_out = load_problems(cfg.eval_data or cfg.data, True, cfg.seed, whole)[: cfg.eval_problems]
+    # The embedded model has words for one form of Countdown only.
+    source = "calculator" if cfg.data == "countdown" and is_tiny(cfg.model) else cfg.data
+    problems = check_data(load_problems(source, False, cfg.seed, whole), cfg)
+    held_out = check_data(load_problems(cfg.eval_data or source, True, cfg.seed, whole), cfg)
+    held_out = held_out[: cfg.eval_problems]
     folder, state = run.load() if cfg.resume else (None, None)
+    run.facts["base_seconds"] = 0.0
     if state:
         run.facts = state["facts"]
     elif cfg.model == "tiny":
         folder, began = Path("runs", f"base-seed{cfg.seed}"), time.perf_counter()
         if rank() == 0:
             build_base_model(folder, cfg.seed)
-        sum_over_ranks(torch.zeros(1, device=device))  # the other processes wait for it here
+        wait_for_all()
         run.facts["base_seconds"] = time.perf_counter() - began
     path = str(folder or cfg.model)
     tokenizer = load_tokenizer(path)
-    problems, held_out = (check_data(part, tokenizer, cfg) for part in (problems, held_out))
+    check_prompts(problems + held_out, tokenizer, cfg)
     cfg = plan_memory(cfg, path, device, dtype)
     policy, prompt = load_model(path, device, dtype), render_prompt(tokenizer, problems[0].question, cfg)
     stops = {i: tokenizer.decode([i]) for i in sorted(stop_token_ids(policy, tokenizer))}
-    show(f"data      {cfg.data}: {len(problems):,} problems to train on, {len(held_out):,} to evaluate on")
+    run.create()
+    show(f"data      {source}: {len(problems):,} problems to train on, {len(held_out):,} to evaluate on")
     show(f"prompt    {prompt!r}, its last ids {encode_prompt(tokenizer, prompt)[-5:]}; stop tokens {stops}")
     return cfg, tokenizer, policy, problems, held_out, state
 
@@ -2133,9 +2185,11 @@ def doctor(m: dict, cfg: Config) -> list[str]:
         (m["clip_fraction"] > 0.3, f"the clip stops {m['clip_fraction']:.0%} of tokens: lower learning_rate"),
         (m["kl"] > 1, f"a KL of {m['kl']:.1f} nats a token from the reference: lower learning_rate"),
         (m["entropy"] < 0.02, f"an entropy of {m['entropy']:.3f} nats: completions hardly differ any more"),
-        (m["moved"] > 0.1, f"log-probabilities {m['moved']:.2f} nats from those at sampling before any "
-         "update: sampling and training disagree"),
+        (m["sampler_gap"] > 0.1, f"log-probabilities {m['sampler_gap']:.2f} nats from those at sampling "
+         "before any update: sampling and training disagree"),
         (not math.isfinite(m["grad_norm"]), "the gradient is not finite: this update was left out"),
+        (m["outcomes"].get("unparsable", 0) > 0.2 * sum(m["outcomes"].values()),
+         f"{m['outcomes'].get('unparsable', 0)} answers could not be read as answers"),
         (unjudged > 0, f"{unjudged} answers could not be judged (time-out or error)"))
     return [sentence for holds, sentence in findings if holds]
 
@@ -2181,13 +2235,17 @@ class Run:
         if not cfg.resume and self.path.exists() and (self.path.is_file() or any(self.path.iterdir())):
             raise InputError(f"output_dir {str(self.path)!r} already holds a run or other files; go on with "
                              f"it by --resume, or name another folder")
-        self.started = time.perf_counter()
-        try:
-            if rank() == 0:
-                self.path.mkdir(parents=True, exist_ok=True)
-                self.write("config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-        except OSError as error:
-            raise InputError(f"output_dir {str(self.path)!r} cannot be written: {error.strerror}") from None
+        self.started, self.settings = time.perf_counter(), settings
+        parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        if not os.access(parent, os.W_OK):
+            raise InputError(f"output_dir {str(self.path)!r} cannot be written: no permission in {parent}")
+
+    def create(self):
+        """Make the folder, once nothing in the command can be wrong any more."""
+        if rank() == 0:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.write("config.json", json.dumps(self.settings, indent=2, ensure_ascii=False) + "\n")
+        wait_for_all()
 
     def seconds(self) -> float:
         """Since the run began, without the time between an interruption and its resumption."""
@@ -2256,6 +2314,21 @@ class Run:
             show("peak memory: sampling {:.1f} GB, update {:.1f} GB".format(*peaks))
         show(f"wrote {self.path}/ in {self.seconds():.0f} seconds")
 
+    @contextlib.contextmanager
+    def stoppable(self):
+        """Within it, the first Ctrl-C or SIGTERM is noted, for the end of the step; a second ends at once."""
+        def note(signum, _):
+            self.stopped_by = signum
+            signal.signal(signum, before[signum])
+            show(f"finishing this step, then saving; go on with: {self.resume_command()}")
+
+        before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
     def resume_command(self) -> str:
         """What to type to go on."""
         return f"python grpo.py --resume --output_dir {self.path}"
@@ -2322,9 +2395,9 @@ def save_model(model, tokenizer, folder: Path, state: dict | None = None):
         tokenizer.save_pretrained(temporary)
         if state:
             torch.save(state, temporary / "state.pt")
-            digests = {path.name: file_digest(path) for path in temporary.iterdir()}
+            digests = {path.name: file_digest(path) for path in filter(Path.is_file, temporary.iterdir())}
             (temporary / "files.json").write_text(json.dumps(digests), encoding="utf-8")
-        for path in temporary.iterdir():
+        for path in filter(Path.is_file, temporary.rglob("*")):
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
         shutil.rmtree(folder, ignore_errors=True)
@@ -2341,31 +2414,27 @@ def main(argv: list[str] | None = None) -> int:
         if "LOCAL_RANK" in os.environ and not dist.is_initialized():  # started by torchrun
             dist.init_process_group("nccl" if torch.cuda.is_available() and cfg.device != "cpu" else "gloo")
         processes = dist.get_world_size() if dist.is_initialized() else 1
-        if cfg.prompts_per_step % processes:
-            raise InputError(f"prompts_per_step is {cfg.prompts_per_step}; it must be a multiple of the "
-                             f"{processes} processes")
-        run = Run(cfg)
-
-        def stop(signum, _):
-            run.stopped_by = signum
-            signal.signal(signum, signal.SIG_DFL)  # a second one ends it at once
-            show(f"finishing this step, then saving; go on with: {run.resume_command()}")
-
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, stop)
-        {"zero": stage_zero, "eval": stage_eval}[cfg.stage](cfg, run)
+        if cfg.prompts_per_step * cfg.group_size % (processes * cfg.updates_per_rollout) or (
+                cfg.prompts_per_step % processes):
+            raise InputError(f"prompts_per_step is {cfg.prompts_per_step}; each of {processes} processes "
+                             f"must get the same number, and updates_per_rollout divide its completions")
+        {"zero": stage_zero, "eval": stage_eval}[cfg.stage](cfg, Run(cfg))
         return 0
+    except KeyboardInterrupt:
+        return 130
     except InputError as error:
         print(f"grpo.py: error: {error}", file=sys.stderr)
         return 2
-    except RunError as error:
+    except (RunError, OSError) as error:
         print(f"grpo.py: stopped: {error}", file=sys.stderr)
     except torch.cuda.OutOfMemoryError as error:
         called = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
         phase, knobs = next((phase, knobs) for name, phase, knobs in (
             ("sample_completions", "sampling", "max_rows or max_completion_tokens"),
+            ("score_logprobs", "log-probabilities", "micro_batch_tokens or logits_chunk_tokens"),
             ("update_policy", "the update", "micro_batch_tokens or logits_chunk_tokens, or set kl_coef 0"),
-            ("main", "loading", "kl_coef to 0, or take a smaller model")) if name in called)
+            ("train_grpo", "the reference or the masters", "kl_coef to 0, or take a smaller model"),
+            ("main", "loading", "the size of the model")) if name in called)
         print(f"grpo.py: stopped: out of GPU memory in {phase}, after a peak of "
               f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB; lower {knobs}", file=sys.stderr)
     return 1

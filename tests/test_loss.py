@@ -48,7 +48,7 @@ def random_case(rows=7, width=9, seed=0):
     )
 
 
-# --- advantages 
+# --- advantages
 
 
 def test_advantages_of_a_half_right_group():
@@ -105,7 +105,7 @@ def test_advantages_equal_a_slow_loop(scale):
     close(group_advantages(rewards, scale), expected, atol=1e-12)
 
 
-# --- averaging over tokens and completions 
+# --- averaging over tokens and completions
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_an_empty_mask_gives_no_loss_and_no_nan(average):
     assert loss.item() == 0 and not case["logprobs"].grad.any()
 
 
-# --- ratio, clip and KL 
+# --- ratio, clip and KL
 
 WORKED = dict(
     logprobs=[[-1, -0.5, -2], [-0.2, -1.2, -0.7]],
@@ -297,7 +297,7 @@ def test_without_kl_the_reference_may_be_none():
     assert grpo_loss(**{**case, "ref_logprobs": None})[0] == grpo_loss(**garbage)[0]
 
 
-# --- numbers that overflow 
+# --- numbers that overflow
 
 
 @pytest.mark.parametrize("padding", (-200.0, -1e30, float("nan"), float("inf"), -float("inf")))
@@ -345,7 +345,7 @@ def test_kl_at_the_ends_of_its_range():
         assert loss == pytest.approx(expected, rel=1e-7)
 
 
-# --- what must change nothing 
+# --- what must change nothing
 
 
 @pytest.mark.parametrize("average", AVERAGES)
@@ -387,7 +387,7 @@ def test_arguments_are_not_changed():
     assert rewards.tolist() == [[0, 1], [1, 1]]
 
 
-# --- what a run shows 
+# --- what a run shows
 
 
 def test_on_policy_the_loss_is_zero_and_the_gradient_is_not():

@@ -76,7 +76,7 @@ class Keep:
         return 0.0
 
 
-# --- master weights 
+# --- master weights
 
 
 @pytest.mark.parametrize("weight, smallest", [(0.1, 1e-3), (0.02, 1e-4), (0.001, 1e-5), (0.0002, 1e-6)])
@@ -138,7 +138,7 @@ def test_gradients_of_micro_batches_are_added_in_float32():
 def test_in_float32_it_is_torchs_adamw(make_model, random_rollout):
     model = make_model()
     other = copy.deepcopy(model)
-    ours = MasterAdamW(model, 1e-3, beta2=0.95)
+    ours = MasterAdamW(model, 1e-3)
     theirs = torch.optim.AdamW(other.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
     assert all(master is weight for master, weight in zip(ours.masters, model.parameters()))
     for step in range(5):
@@ -197,7 +197,7 @@ def test_a_second_optimiser_takes_over(make_model, random_rollout):
     assert sums["grad_norm"] > 0 and not same(before, weights_of(model))
 
 
-# --- one update 
+# --- one update
 
 
 def test_micro_batches_hold_every_row_once_and_no_more_tokens_than_allowed(random_rollout):
@@ -322,8 +322,8 @@ def test_the_ratio_is_one_in_the_first_update_and_not_later(temperature, make_mo
     optimizer = MasterAdamW(model, 1e-2)
     first, later = (update_policy(model, optimizer, rollout, cfg, 1e-2) for _ in range(2))
     assert first["ratio"] / first["tokens"] == pytest.approx(1, abs=1e-5)
-    assert first["moved"] / first["all_tokens"] < 1e-5 and first["clipped"] == 0
-    assert later["moved"] / later["all_tokens"] > 1e-3 and later["clipped"] > 0
+    assert first["sampler_gap"] / first["all_tokens"] < 1e-5 and first["clipped"] == 0
+    assert later["sampler_gap"] / later["all_tokens"] > 1e-3 and later["clipped"] > 0
     assert later["loss"] < first["loss"]
 
 
@@ -339,7 +339,7 @@ def test_gradient_checkpointing_changes_no_gradient(make_model, random_rollout):
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=0)
 
 
-# --- the loop 
+# --- the loop
 
 PROBLEMS = [Problem("What is 3 + 4?", "7"), Problem("What is 4 + 4?", "8"), Problem("3", "3")]
 

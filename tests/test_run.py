@@ -147,7 +147,7 @@ def test_every_architecture_trains_from_the_command_line(name, command, checkpoi
     metrics = lines("runs/zero/metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6] and all(key in metrics[0] for key in METRICS)
     assert metrics[-1]["kl"] > 0
-    assert abs(metrics[0]["ratio"] - 1) < 0.2 and metrics[0]["moved"] < 1e-4
+    assert abs(metrics[0]["ratio"] - 1) < 0.2 and metrics[0]["sampler_gap"] < 1e-4
     evaluations = lines("runs/zero/evaluations.jsonl")
     improved = evaluations[1]["pass_at_1"] > evaluations[0]["pass_at_1"]
     assert Path("runs/zero/best/model.safetensors").exists() == improved
@@ -306,7 +306,10 @@ def test_updates_that_are_not_finite_are_left_out_and_kept(command, bad_steps, s
     assert {int(p.name.split("_")[3]) for p in Path("run").glob("not_finite_step_*")} == bad_steps
     assert lines("run/metrics.jsonl")[1]["grad_norm"] is None
     if status:
-        assert "three gradients in a row were not finite; lower learning_rate" in capsys.readouterr().err
+        assert (
+            "in three steps in a row gradients were not finite; lower learning_rate"
+            in capsys.readouterr().err
+        )
     else:
         final = AutoModelForCausalLM.from_pretrained("run/final").state_dict()
         assert all(torch.isfinite(weight).all() for weight in final.values())
@@ -332,6 +335,7 @@ BAD = {  # arguments -> the one line
     "--output_dir full/notes.txt": "output_dir 'full/notes.txt' already holds a run",
     "--resume --output_dir empty": "output_dir 'empty' holds no run to resume",
     "--max_prompt_tokens 3": "a question makes a prompt of",
+    "--chat_template": "chat_template is True, but the tokenizer has none; leave it out or take an instruct model",
 }
 
 
@@ -343,6 +347,35 @@ def test_bad_input_is_one_clear_line(arguments, command, capsys):
     error = capsys.readouterr().err
     assert error.startswith(f"grpo.py: error: {BAD[arguments]}") and error.count("\n") == 1
     assert Path("full/notes.txt").read_text() == "mine"
+    assert not Path("runs").exists()  # a command that was refused leaves no folder behind
+
+
+def test_references_that_cannot_be_matched_stop_the_run_or_are_left_out(command, checkpoints, capsys):
+    rows = Path(command[3]).read_text() + json.dumps({"question": "Too long?", "answer": "9" * 400}) + "\n"
+    Path("some.jsonl").write_text(rows)
+    command[3] = "some.jsonl"
+    assert grpo.main(command) == 2
+    error = capsys.readouterr().err
+    assert "data: 1 reference answers do not verify against themselves" in error and "'Too long?'" in error
+    assert grpo.main([*command, "--skip_bad_answers", "--steps", "1"]) == 0
+
+
+def test_two_processes_train_one_policy(command):
+    """As torchrun starts them: each samples its share, one of them writes, both end alike."""
+    port = str(29500 + os.getpid() % 1000)
+
+    def work(rank):
+        os.environ.update(
+            LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+        )
+        return grpo.main([*command, "--device", "cpu", "--output_dir", "both"])
+
+    children = [in_child(lambda r=r: work(r)) for r in range(2)]
+    assert [status_of(child) for child in children] == [0, 0], Path("child.log").read_text()
+    metrics = lines("both/metrics.jsonl")
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]
+    assert sum(metrics[0]["outcomes"].values()) == 8  # the completions of both
+    assert Path("both/final/model.safetensors").exists() and not Path("runs").exists()
 
 
 def test_a_run_is_not_resumed_under_other_settings(command, capsys):
@@ -400,7 +433,7 @@ def test_the_doctor_names_what_is_wrong():
         clip_fraction=0.01,
         kl=0.01,
         entropy=0.3,
-        moved=1e-6,
+        sampler_gap=1e-6,
         grad_norm=0.5,
         outcomes={"right": 3, "wrong": 2},
     )
@@ -413,7 +446,7 @@ def test_the_doctor_names_what_is_wrong():
         ({"clip_fraction": 0.5}, "the clip stops 50%"),
         ({"kl": 3.0}, "a KL of 3.0"),
         ({"entropy": 0.001}, "an entropy of 0.001"),
-        ({"moved": 0.5}, "0.50 nats from those at sampling"),
+        ({"sampler_gap": 0.5}, "0.50 nats from those at sampling"),
         ({"grad_norm": float("nan")}, "not finite"),
         ({"outcomes": {"timeout": 2}}, "2 answers"),
     ):

@@ -76,7 +76,7 @@ def p_value(tokens, probs, at_least=20):
     )
 
 
-# --- against transformers 
+# --- against transformers
 
 
 def test_greedy_equals_generate(architecture, make_model, plain, tokenizer):
@@ -127,7 +127,7 @@ def test_logprobs_are_those_of_a_full_forward_pass(
     )
 
 
-# --- what must change nothing 
+# --- what must change nothing
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.9)])
@@ -234,7 +234,7 @@ def test_sampling_is_in_eval_mode_with_the_cache_on(make_model, tokenizer):
     assert {(training, shape[1]) for training, shape in calls[1:]} == {(False, 1)}
 
 
-# --- the distribution 
+# --- the distribution
 
 
 @pytest.mark.parametrize("temperature", (1.0, 0.7))
@@ -307,7 +307,7 @@ def test_greedy_ignores_the_random_number_and_top_p():
         torch.testing.assert_close(logprobs, logits.log_softmax(-1).amax(-1))
 
 
-# --- where a completion ends 
+# --- where a completion ends
 
 
 def spelled(model, tokenizer, monkeypatch, rows, prompts=("x",), **settings):
@@ -407,7 +407,7 @@ def test_new_stop_tokens_are_obeyed_at_once(make_model, tokenizer):
         assert after == (before[: before.index(third) + 1] if third in before else before)
 
 
-# --- texts 
+# --- texts
 
 
 @pytest.mark.parametrize(
