@@ -2437,6 +2437,9 @@ def main(argv: list[str] | None = None) -> int:
             ("main", "loading", "the size of the model")) if name in called)
         print(f"grpo.py: stopped: out of GPU memory in {phase}, after a peak of "
               f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB; lower {knobs}", file=sys.stderr)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 1
 
 

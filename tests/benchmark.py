@@ -1,17 +1,20 @@
 """How fast sampling and the update are on this machine, next to what else could be used.
 
     python tests/benchmark.py                                  # CPU: the embedded shape; GPU: the 0.5B shape
-    python tests/benchmark.py --model runs/zero/final          # a checkpoint of the embedded model, real lengths
+    python tests/benchmark.py --model runs/zero/final          # a trained embedded model, lengths vary
     python tests/benchmark.py --shape 1.5B --rows 512 --compile
 
-Shapes have random weights: speed does not depend on them, and nothing is downloaded. Every figure is the median of
-`--repeats` runs after one that is not counted; tokens are those up to each completion's end token. The floor is the
-time to read the weights and the keys and values of a step once, at the bandwidth that a copy reaches here.
+Shapes have random weights: speed does not depend on them, and nothing is downloaded. Every figure is the
+median of `--repeats` runs after one that is not counted; tokens are those up to each completion's end token.
+The floor is the time to read the weights, keys and values of a step once, at the bandwidth that a copy reaches
+here. With trl installed the table ends with a step of its GRPOTrainer (not for the embedded shape, whose words
+are too few).
 """
 
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import grpo  # noqa: E402
 
 SHAPES = {  # hidden, FFN, layers, heads, key-value heads, vocabulary
+    "small": (128, 384, 4, 4, 2, 2_048),
     "embedded": (64, 384, 2, 4, 4, 163),
     "0.5B": (896, 4864, 24, 14, 2, 151_936),
     "1.5B": (1536, 8960, 28, 12, 2, 151_936),
@@ -89,7 +93,7 @@ def row(name: str, tokens: float, seconds: float, peak: float, base: float | Non
 
 
 def generate(model, tokenizer, prompts, args, cache):
-    """`model.generate` on the same prompts, left-padded, with the same temperature and limit -> tokens produced."""
+    """`model.generate` on the same prompts, left-padded, same temperature and limit -> tokens produced."""
     encoded = [grpo.encode_prompt(tokenizer, prompt) for prompt in prompts for _ in range(args.group_size)]
     width = max(map(len, encoded))
     ids = torch.tensor([[0] * (width - len(e)) + e for e in encoded], device=model.device)
@@ -123,39 +127,51 @@ def full_logprobs(model, rollout, temperature, *_):
     return torch.zeros(mask.shape, device=mask.device).index_put((r, t), picked), torch.zeros(1)
 
 
-def trl_step(args, model_path: str):
-    """Seconds and tokens of a step of TRL's GRPOTrainer on the same shape, or None where trl is not installed."""
+def trl_step(model, args):
+    """Seconds of a step of TRL's GRPOTrainer on the same weights and lengths; None without trl."""
     try:
         from datasets import Dataset
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+        from transformers import PreTrainedTokenizerFast
         from trl import GRPOConfig, GRPOTrainer
     except ImportError:
         return None
-    seconds = []
-    config = GRPOConfig(
-        output_dir="/tmp/trl",
-        max_steps=args.repeats + 1,
-        num_generations=args.group_size,
-        beta=0.001,
-        per_device_train_batch_size=min(args.rows, 32),
-        gradient_accumulation_steps=max(1, args.rows // 32),
-        max_completion_length=args.completion,
-        temperature=1.0,
-        gradient_checkpointing=True,
-        report_to=[],
-        bf16=torch.cuda.is_available(),
-        use_cpu=not torch.cuda.is_available(),
-        logging_steps=1,
+    seconds, started = [], [time.perf_counter()]
+    bytes_ = Tokenizer(models.BPE())  # a token a byte, so that a prompt has as many tokens as letters
+    bytes_.pre_tokenizer, bytes_.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
     )
-    started = [time.perf_counter()]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bytes_.train_from_iterator(
+        [""],
+        trainers.BpeTrainer(special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False),
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_, eos_token="</s>", pad_token="</s>")
 
-    def reward(completions, **_):
+    def reward(completions, **_):  # called once a step
         seconds.append(time.perf_counter() - started[0])
         started[0] = time.perf_counter()
         return [float(len(completion) % 2) for completion in completions]
 
-    data = Dataset.from_dict({"prompt": ["a question of some length " * 8] * 4096})
-    GRPOTrainer(model=model_path, reward_funcs=reward, args=config, train_dataset=data).train()
-    return statistics.median(seconds[1:])
+    with tempfile.TemporaryDirectory() as folder:
+        model.set_attn_implementation("sdpa")
+        model.save_pretrained(folder)
+        model.set_attn_implementation("grouped")
+        gpu = torch.cuda.is_available()
+        config = GRPOConfig(
+            output_dir=folder, max_steps=args.repeats + 2, num_generations=args.group_size, beta=0.001,
+            per_device_train_batch_size=min(args.rows, 32), gradient_accumulation_steps=max(1, args.rows // 32),
+            max_completion_length=args.completion, gradient_checkpointing=True, temperature=1.0, report_to=[],
+            save_strategy="no", bf16=gpu, use_cpu=not gpu, disable_tqdm=True,
+            model_init_kwargs={"dtype": model.dtype},
+        )  # fmt: skip
+        data = Dataset.from_dict({"prompt": ["q" * args.prompt] * 4096})
+        trainer = GRPOTrainer(
+            model=folder, reward_funcs=reward, args=config, train_dataset=data, processing_class=tokenizer
+        )
+        trainer.train()
+    return statistics.median(seconds[2:])  # the first holds the start, the second what is compiled or cached
 
 
 def main():
@@ -279,7 +295,7 @@ def main():
     grpo.token_logprobs = chunked
     whole = min(sample_seconds.values()) + update_seconds
     row("a GRPO step: sampling and one pass of updates", all_tokens, whole, float("nan"))
-    if args.trl_model and (seconds := trl_step(args, args.trl_model)):
+    if args.model is None and args.shape != "embedded" and (seconds := trl_step(model, args)):
         row("a step of TRL's GRPOTrainer", all_tokens, seconds, float("nan"))
 
 
