@@ -115,7 +115,7 @@ class Config:
         "auto", "of sampling and training; auto: bfloat16 on a GPU that has it; masters are always float32")
 
     # prompts
-    template: str = setting(R1_TEMPLATE, "prompt of a base model, with {question} in it", "Table 1, this one")
+    template: str = setting(R1_TEMPLATE, "prompt of a base model, with {question} in it", "its Table 1")
     chat_template: bool = setting(False, "use the tokenizer's chat template instead: for instruct models")
     max_prompt_tokens: int = setting(512, "longest prompt, tokens")
     skip_bad_answers: bool = setting(False, "leave out problems whose answer does not verify against itself")
@@ -217,7 +217,7 @@ def make_config(model: str = "tiny", **overrides) -> Config:
 
 def parse_args(argv: list[str]) -> Config:
     """The command line -> Config. First what decides all other defaults: the model, or the run to resume."""
-    about = __doc__.split("\n\n")[1]
+    about = __doc__.split("\n\n")[1] + " The defaults shown are those of the model: --help --model NAME."
     parser = HfArgumentParser(Config, prog="grpo.py", allow_abbrev=False, description=about)
 
     def refuse(message):
@@ -357,8 +357,8 @@ def load_problems(source: str, evaluation: bool = False, seed: int = 0, whole: b
 def render_prompt(tokenizer, question: str, cfg: Config) -> str:
     """The text before the completion: the template, or the tokenizer's own chat template if asked for."""
     if cfg.chat_template and not tokenizer.chat_template:
-        raise InputError("chat_template is True, but the tokenizer has none; leave it out or take an instruct "
-                         "model")
+        raise InputError("chat_template is True, but the tokenizer has none; leave it out or take an "
+                         "instruct model")
     if cfg.chat_template:
         return tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
                                              add_generation_prompt=True)
@@ -1941,6 +1941,8 @@ def stage_zero(cfg: Config, run: "Run"):
     if not state:
         run.facts["before"] = evaluate(policy, tokenizer, held_out, cfg)
         run.log_evaluation(0, run.facts["before"])
+    elif state["step"] == cfg.steps and (run.path / "final").exists():
+        return show(f"{run.path} is finished; give more --steps to go on with it")
     began = time.perf_counter() - run.facts.get("train_seconds", 0.0)
     bar = tqdm(total=cfg.steps, initial=state["step"] if state else 0, desc="R1-Zero",
                disable=rank() > 0 or None)
@@ -1954,13 +1956,14 @@ def stage_zero(cfg: Config, run: "Run"):
                 save_model(policy, tokenizer, run.path / "best")
         run.stopped_by = max_over_ranks(run.stopped_by)
         run.facts["train_seconds"] = time.perf_counter() - began
-        if (run.stopped_by or step % cfg.save_every == 0) and rank() == 0:
+        if (run.stopped_by or step % cfg.save_every == 0 or step == cfg.steps) and rank() == 0:
             run.save(policy, tokenizer, get_state())
         return run.stopped_by
 
     with bar, run.stoppable():
         train_grpo(policy, tokenizer, problems, cfg, after_step, state)
     if run.stopped_by:
+        show(f"saved; go on with: {run.resume_command()}")
         sys.exit(128 + run.stopped_by)
     run.facts["after"] = evaluate(policy, tokenizer, held_out, cfg)
     if rank() == 0:
@@ -2034,11 +2037,15 @@ def load_pretrained(kind, path: str, **settings):
 
 def load_tokenizer(path: str):
     """The tokenizer of a checkpoint folder or hub name."""
+    if Path(path, "summary.json").exists():
+        raise InputError(f"model {path!r} is the folder of a run; its model is {path}/final")
     try:
         tokenizer = load_pretrained(AutoTokenizer, path)
     except (OSError, ValueError) as error:
-        raise InputError(f"model {path!r}: no tokenizer there ({str(error).splitlines()[0]}); give a "
-                         f"checkpoint folder or, with network, a name on the hub") from None
+        reason = str(error).splitlines()[0] if Path(path).exists() or hub_is_reachable() else (
+            "no such folder, and the hub cannot be reached")
+        raise InputError(f"model {path!r}: no tokenizer there ({reason}); give a checkpoint folder or, with "
+                         f"network, a name on the hub") from None
     if tokenizer.eos_token_id is None:
         raise InputError(f"model {path!r}: its tokenizer has no end token, nothing could end; set eos_token")
     return tokenizer
@@ -2160,7 +2167,8 @@ def prepare(cfg: Config, run: "Run"):
     policy, prompt = load_model(path, device, dtype), render_prompt(tokenizer, problems[0].question, cfg)
     stops = {i: tokenizer.decode([i]) for i in sorted(stop_token_ids(policy, tokenizer))}
     run.create()
-    show(f"data      {source}: {len(problems):,} problems to train on, {len(held_out):,} to evaluate on")
+    training = f"{len(problems):,} problems to train on, " * (cfg.stage != "eval")
+    show(f"data      {source}: {training}{len(held_out):,} to evaluate on")
     show(f"prompt    {prompt!r}, its last ids {encode_prompt(tokenizer, prompt)[-5:]}; stop tokens {stops}")
     return cfg, tokenizer, policy, problems, held_out, state
 
@@ -2195,11 +2203,19 @@ def doctor(m: dict, cfg: Config) -> list[str]:
 
 
 MAY_CHANGE = ("steps", "save_every", "log_every", "sample_every")  # between a run and its resumption
-STEP_LINE = (
-    "step {step:4d} | reward {reward:.2f} accuracy {accuracy:.2f} format {format:.2f} | "
-    "{mean_tokens:.0f} tokens cut {truncated:.0%} reflect {reflection:.0%} dead groups {dead_groups:.0%} | "
-    "loss {loss:.3f} kl {kl:.4f} clip {clip_fraction:.1%} grad {grad_norm:.2f} entropy {entropy:.2f} | "
-    "{sample_tokens_per_second:,.0f} and {update_tokens_per_second:,.0f} tokens/s")
+STEP_COLUMNS = (  # title, metric, width, format
+    ("step", "step", 4, "d"), ("reward", "reward", 6, ".2f"), ("accuracy", "accuracy", 8, ".2f"),
+    ("format", "format", 6, ".2f"), ("tokens", "mean_tokens", 6, ".1f"), ("cut", "truncated", 4, ".0%"),
+    ("reflect", "reflection", 7, ".0%"), ("dead", "dead_groups", 4, ".0%"), ("loss", "loss", 6, ".3f"),
+    ("kl", "kl", 6, ".4f"), ("clip", "clip_fraction", 5, ".1%"), ("grad", "grad_norm", 5, ".2f"),
+    ("entropy", "entropy", 7, ".2f"), ("sample/s", "sample_tokens_per_second", 8, ",.0f"),
+    ("update/s", "update_tokens_per_second", 8, ",.0f"))
+
+
+def step_line(metrics: dict | None) -> str:
+    """A step as a row of numbers; None gives the titles of its columns. The last two are tokens a second."""
+    return " ".join(f"{title if metrics is None else format(metrics[name], form):>{width}}"
+                    for title, name, width, form in STEP_COLUMNS)
 
 
 def run_folder(cfg) -> Path:
@@ -2221,7 +2237,7 @@ class Run:
     """
 
     def __init__(self, cfg: Config):
-        self.cfg, self.path, self.elapsed, self.stopped_by = cfg, run_folder(cfg), 0.0, 0
+        self.cfg, self.path, self.elapsed, self.stopped_by, self.lines = cfg, run_folder(cfg), 0.0, 0, 0
         self.metrics, self.facts = [], {}  # what metrics.jsonl and summary.json hold
         settings = dataclasses.asdict(dataclasses.replace(cfg, resume=False, output_dir=None))
         saved = read_json(self.path / "config.json")
@@ -2272,14 +2288,17 @@ class Run:
         if not math.isfinite(metrics["grad_norm"]):
             torch.save(vars(rollout), self.path / f"not_finite_step_{step}_rank_{rank()}.pt")
         if step % cfg.log_every == 0:
-            show("\n  doctor: ".join([STEP_LINE.format(**metrics), *doctor(metrics, cfg)]))
+            if self.lines % 20 == 0:
+                show(step_line(None))
+            self.lines += 1
+            show("\n     doctor: ".join([step_line(metrics), *doctor(metrics, cfg)]))
         if cfg.sample_every and (step == 1 or step % cfg.sample_every == 0):
             row = step % len(rollout.texts)
             problem, text = batch[row // cfg.group_size], rollout.texts[row]
             outcome = grade(text, problem)
             self.append("samples.jsonl", dict(step=step, question=problem.question, answer=problem.answer,
                                               completion=text, outcome=outcome))
-            show(f"  {problem.question} -> {text}  [{outcome}]")
+            show(f"     {problem.question} -> {text}  [{outcome}]")
 
     def log_evaluation(self, step: int, result: dict) -> bool:
         """An evaluation, on disk and on screen -> whether it is the best so far."""
@@ -2303,7 +2322,8 @@ class Run:
             values = value if isinstance(value, list) else [value]
             return f"{' - '.join(f'{v:.3f}' if isinstance(v, float) else str(v) for v in values):>16}"
 
-        show(f"\n{'held-out problems':20}" + "".join(f"{name:>16}" for name in columns))
+        titles = columns if "after" in columns else ["result"]
+        show(f"\n{'held-out problems':20}" + "".join(f"{name:>16}" for name in titles))
         for name in self.facts["before"]:
             show(f"{name:20}" + "".join(cell(column[name]) for column in columns.values()))
         for name in ("accuracy", "mean_tokens", "reflection", "entropy") if self.metrics else ():
@@ -2312,7 +2332,9 @@ class Run:
         if self.metrics and self.metrics[-1]["update_peak_gb"]:
             peaks = (max(row[name] for row in self.metrics) for name in ("sample_peak_gb", "update_peak_gb"))
             show("peak memory: sampling {:.1f} GB, update {:.1f} GB".format(*peaks))
-        show(f"wrote {self.path}/ in {self.seconds():.0f} seconds")
+        spent = "".join(f", {self.facts[name + '_seconds']:.0f} of them for {what}" for name, what in (
+            ("base", "the base model"), ("train", "training")) if self.facts.get(name + "_seconds"))
+        show(f"wrote {self.path}/ in {self.seconds():.0f} seconds{spent}")
 
     @contextlib.contextmanager
     def stoppable(self):
@@ -2320,7 +2342,7 @@ class Run:
         def note(signum, _):
             self.stopped_by = signum
             signal.signal(signum, before[signum])
-            show(f"finishing this step, then saving; go on with: {self.resume_command()}")
+            show("finishing this step, then saving; once more to end at once")
 
         before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -2353,6 +2375,9 @@ class Run:
             damaged = [name for name, digest in digests.items() if file_digest(folder / name) != digest]
             if not damaged:
                 state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+                if state["step"] > self.cfg.steps:
+                    raise InputError(f"steps is {self.cfg.steps}, but the run is at step {state['step']} "
+                                     f"already; give more, or start a new run")
                 self.elapsed = state["seconds"]
                 break
             show(f"checkpoint {folder} is damaged ({', '.join(damaged)}); the one before it is used")

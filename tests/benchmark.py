@@ -6,9 +6,9 @@
 
 Shapes have random weights: speed does not depend on them, and nothing is downloaded. Every figure is the
 median of `--repeats` runs after one that is not counted; tokens are those up to each completion's end token.
-The floor is the time to read the weights, keys and values of a step once, at the bandwidth that a copy reaches
-here. With trl installed the table ends with a step of its GRPOTrainer (not for the embedded shape, whose words
-are too few).
+The floor is the time to read the weights, keys and values of a step once, at the bandwidth that a copy
+reaches here. With trl installed the table ends with a step of its GRPOTrainer (not for the embedded shape,
+whose words are too few).
 """
 
 import argparse
@@ -88,7 +88,8 @@ def timed(function, repeats: int, device) -> tuple[float, float, object]:
 def row(name: str, tokens: float, seconds: float, peak: float, base: float | None = None):
     """A line of the table."""
     against = f"{tokens / seconds / base:6.2f} x" if base else ""
-    print(f"{name:54}{tokens / seconds:>12,.0f}{seconds:>10.2f}{peak:>9.2f}  {against}", flush=True)
+    gb = f"{peak:9.2f}" if peak == peak else f"{'-':>9}"
+    print(f"{name:54}{tokens / seconds:>12,.0f}{seconds:>10.2f}{gb}  {against}", flush=True)
     return tokens / seconds
 
 
@@ -161,7 +162,8 @@ def trl_step(model, args):
         gpu = torch.cuda.is_available()
         config = GRPOConfig(
             output_dir=folder, max_steps=args.repeats + 2, num_generations=args.group_size, beta=0.001,
-            per_device_train_batch_size=min(args.rows, 32), gradient_accumulation_steps=max(1, args.rows // 32),
+            per_device_train_batch_size=min(args.rows, 32),
+            gradient_accumulation_steps=max(1, args.rows // 32),
             max_completion_length=args.completion, gradient_checkpointing=True, temperature=1.0, report_to=[],
             save_strategy="no", bf16=gpu, use_cpu=not gpu, disable_tqdm=True,
             model_init_kwargs={"dtype": model.dtype},
@@ -193,6 +195,7 @@ def main():
     device = torch.device("cuda" if gpu else "cpu")
     dtype = torch.bfloat16 if gpu else torch.float32
     torch.manual_seed(0)
+    grpo.transformers.utils.logging.disable_progress_bar()
 
     count = args.rows // args.group_size
     if args.model:
@@ -206,7 +209,7 @@ def main():
     parameters = model.num_parameters()
     print(
         f"{torch.cuda.get_device_name() if gpu else f'CPU, {torch.get_num_threads()} threads'}, torch "
-        f"{torch.__version__}, {args.model or args.shape}: {parameters:,} weights, {dtype}; {args.rows} rows, "
+        f"{torch.__version__}, {args.model or args.shape}: {parameters:,} weights, {dtype}; {args.rows} x "
         f"{args.prompt} + {args.completion} tokens, {args.repeats} runs"
     )
     print(f"{'':54}{'tokens/s':>12}{'seconds':>10}{'peak GB':>9}")
@@ -270,7 +273,9 @@ def main():
     )
     model.grpo_decoder = None
 
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(
+        {"use_reentrant": False}
+    )
     optimizer = grpo.MasterAdamW(model, 1e-9)
     rollout.old_logprobs, rollout.advantages = rollout.sample_logprobs, torch.randn(args.rows, device=device)
     all_tokens = int((rollout.prompt_tokens + rollout.completion_tokens).sum())

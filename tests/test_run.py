@@ -173,7 +173,7 @@ def test_the_command_as_a_user_types_it(command, tmp_path):
         "27 problems to train on, 2 to evaluate on",
         "prompt    'Q What is",
         "stop tokens {0: '<|end|>'}",
-        "step    1",
+        "step reward accuracy",
         "before",
         "pass_at_1_ci95",
         "wrote runs/zero/",
@@ -348,6 +348,18 @@ def test_bad_input_is_one_clear_line(arguments, command, capsys):
     assert error.startswith(f"grpo.py: error: {BAD[arguments]}") and error.count("\n") == 1
     assert Path("full/notes.txt").read_text() == "mine"
     assert not Path("runs").exists()  # a command that was refused leaves no folder behind
+
+
+def test_a_finished_run_is_left_as_it_is(command, capsys):
+    assert grpo.main([*command, "--output_dir", "run"]) == 0
+    files = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    assert grpo.main(["--resume", "--output_dir", "run"]) == 0
+    assert "run is finished; give more --steps" in capsys.readouterr().out
+    assert grpo.main(["--resume", "--output_dir", "run", "--steps", "3"]) == 2
+    assert "steps is 3, but the run is at step 6 already" in capsys.readouterr().err
+    assert files == {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    assert grpo.main(["--stage", "eval", "--model", "run"]) == 2
+    assert "model 'run' is the folder of a run; its model is run/final" in capsys.readouterr().err
 
 
 def test_references_that_cannot_be_matched_stop_the_run_or_are_left_out(command, checkpoints, capsys):
