@@ -1,4 +1,4 @@
-"""grpo.py: DeepSeek-R1 in one readable file.
+"""grpo.py: DeepSeek-R1-Zero in one readable file.
 
 R1-Zero takes a base model, samples a group of completions for every problem, rewards each by rule, and makes
 what did better than its group more likely. No reasoning is ever shown to it, and it learns to reason.
@@ -25,6 +25,7 @@ Departures from the paper, all of them:
     5. A rollout serves 2 updates, not 16; batches, lengths and models are smaller by orders of magnitude.
     6. Stated nowhere, chosen here: Adam's betas (0.9, 0.95), no weight decay, gradients clipped to norm 1,
        a short warm-up, sums in float32 over bfloat16 weights.
+    7. The embedded model's run has no reference model (β = 0); the preset for larger models has β = 0.001.
 
 Dimension names: batch = prompts x group_size, the completions of a prompt side by side; completion = sampled
 tokens, padded on the right; length = prompt + completion, padded on the right; tokens = without any padding.
@@ -436,6 +437,7 @@ CAREFUL = Writer(1, 0, orderly=1, slips=0, damages=0, chinese=0, mixes=0)  # wri
 
 
 def verdict(result: int, target: int) -> str:
+    """The word for a try: does it hit, or lie below or above?"""
     return "yes" if result == target else "low" if result < target else "high"
 
 
@@ -470,6 +472,7 @@ def write_completion(rng, problem: Problem, writer: Writer) -> list[str]:
 
 
 def prompt_tokens(problem: Problem) -> list[str]:
+    """The prompt of a problem, as words of the vocabulary."""
     return TINY["template"].replace("{question}", problem.question).split()
 
 
@@ -528,6 +531,7 @@ def build_tokenizer(folder) -> PreTrainedTokenizerFast:
 
 
 def new_tiny_model():
+    """An untrained model of 192,000 weights."""
     # Qwen3, not Qwen2: beside a Qwen2 transformers 5 takes any tokenizer for Qwen's own.
     model = AutoModelForCausalLM.from_config(Qwen3Config(
         vocab_size=len(VOCABULARY), hidden_size=64, intermediate_size=384, num_hidden_layers=2,
@@ -654,6 +658,7 @@ TOLERANCE, MAX_BITS, MAX_CHARACTERS = MP.mpf(10) ** -200, 8192, 300
 
 
 def require(condition, reason: str):
+    """Raise ValueError unless the condition holds: the text is no answer that can be read."""
     if not condition:
         raise ValueError(reason)
 
@@ -677,6 +682,7 @@ def power(base, exponent):
 
 
 def floor(x) -> Fraction:
+    """The whole number below a real one, exactly."""
     require(not MP.im(x), "floor of a complex number")
     return Fraction(int(MP.floor(MP.re(x) + TOLERANCE)))
 
@@ -739,8 +745,9 @@ NOT_UNITS = set((
 
 
 def flatten_matrix(match) -> str:
+    """A LaTeX matrix as a list: the number of its rows, then the entries."""
     rows = [row.replace("&", ",") for row in match[2].split(r"\\") if row.strip()]
-    return rf" \{match[1]}matrix({len(rows)},{','.join(rows)})"        # the number of rows, then the entries
+    return rf" \{match[1]}matrix({len(rows)},{','.join(rows)})"
 
 
 # What one token cannot show. 1,234 is one number, but (1,234) is a pair; 0.1\overline{6} is a fraction.
@@ -966,6 +973,7 @@ def read(tokens: tuple[str, ...]):
 
 
 def has_symbols(value) -> bool:
+    """Whether a value holds any variable."""
     if isinstance(value, tuple):
         return any(map(has_symbols, value))
     return bool(getattr(value, "free_symbols", ()))
