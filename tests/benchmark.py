@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import grpo  # noqa: E402
+import test_rewards  # noqa: E402
 
 SHAPES = {  # hidden, FFN, layers, heads, key-value heads, vocabulary
     "small": (128, 384, 4, 4, 2, 2_048),
@@ -302,6 +303,13 @@ def main():
     row("a GRPO step: sampling and one pass of updates", all_tokens, whole, float("nan"))
     if args.model is None and args.shape != "embedded" and (seconds := trl_step(model, args)):
         row("a step of TRL's GRPOTrainer", all_tokens, seconds, float("nan"))
+    pairs = test_rewards.rows(test_rewards.EQUAL) + test_rewards.rows(test_rewards.DIFFERENT)
+    seconds, _, _ = timed(
+        lambda: [grpo.compare.__wrapped__(predicted, answer) for answer, predicted in pairs],
+        args.repeats,
+        device,
+    )
+    print(f"the grader, uncached: {1000 * seconds / len(pairs):.2f} ms a pair, {len(pairs)} pairs")
 
 
 if __name__ == "__main__":
