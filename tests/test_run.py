@@ -219,7 +219,7 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_nothing_had_happened(command):
     started = time.perf_counter()
     assert status_of(in_child(lambda: grpo.main([*command, "--output_dir", "whole"]))) == 0
     whole, rng, kills = time.perf_counter() - started, random.Random(0), 0
-    for trial in range(12):
+    for trial in range(16):
         parts = f"parts-{trial}"
         pid = in_child(lambda: grpo.main([*command, "--output_dir", parts]))
         time.sleep(rng.uniform(0.1, 0.9) * whole)
