@@ -1826,7 +1826,7 @@ def train_grpo(policy, tokenizer, problems: list[Problem], cfg: Config, after_st
     optimizer = MasterAdamW(policy, cfg.learning_rate)
     policy.grpo_decoder = None  # not to be copied
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None  # π_ref
-    if cfg.gradient_checkpointing:  # in transformers before 5.23 by its old name
+    if cfg.gradient_checkpointing:  # older transformers know it by its second name
         getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)(
             {"use_reentrant": False})
     if state:
@@ -1983,7 +1983,8 @@ def stage_eval(cfg: Config, run: "Run"):
     """Evaluation [R1 3] of any checkpoint on any data: of a file, the first eval_problems."""
     cfg, tokenizer, model, _, held_out, _ = prepare(cfg, run)
     run.facts["before"] = evaluate(model, tokenizer, held_out, cfg)
-    run.finish()
+    if rank() == 0:
+        run.finish()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2030,11 +2031,11 @@ def hub_is_reachable() -> bool:
     try:
         request = urllib.request.Request(os.environ.get("HF_ENDPOINT", HUB), method="HEAD")
         urllib.request.urlopen(request, timeout=5).close()
+        return True
     except urllib.error.HTTPError:
-        pass  # a refusal is an answer
+        return True  # a refusal is an answer
     except OSError:
         return False
-    return True
 
 
 def load_pretrained(kind, path: str, **settings):
@@ -2045,7 +2046,7 @@ def load_pretrained(kind, path: str, **settings):
 
 def load_tokenizer(path: str):
     """The tokenizer of a checkpoint folder or hub name."""
-    if Path(path, "summary.json").exists():
+    if "stage" in (read_json(Path(path, "config.json")) or {}):
         raise InputError(f"model {path!r} is the folder of a run; its model is {path}/final")
     try:
         tokenizer = load_pretrained(AutoTokenizer, path)
@@ -2266,6 +2267,7 @@ class Run:
 
     def create(self):
         """Make the folder, once nothing in the command can be wrong any more."""
+        wait_for_all()  # the others may still be looking whether it is free
         if rank() == 0:
             self.path.mkdir(parents=True, exist_ok=True)
             self.write("config.json", json.dumps(self.settings, indent=2, ensure_ascii=False) + "\n")
@@ -2335,8 +2337,8 @@ class Run:
         for name in self.facts["before"]:
             show(f"{name:20}" + "".join(cell(column[name]) for column in columns.values()))
         for name in ("accuracy", "mean_tokens", "reflection", "entropy") if self.metrics else ():
-            values = [row[name] for row in self.metrics]
-            show(f"{name:12} {sparkline(values)} {values[0]:.2f} -> {values[-1]:.2f}")
+            values = [v for row in self.metrics if (v := row[name]) is not None and math.isfinite(v)]
+            show(f"{name:12} {sparkline(values)} {values[0]:.2f} -> {values[-1]:.2f}" if values else name)
         if self.metrics and self.metrics[-1]["update_peak_gb"]:
             peaks = (max(row[name] for row in self.metrics) for name in ("sample_peak_gb", "update_peak_gb"))
             show("peak memory: sampling {:.1f} GB, update {:.1f} GB".format(*peaks))

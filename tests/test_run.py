@@ -358,6 +358,7 @@ def test_a_finished_run_is_left_as_it_is(command, capsys):
     assert grpo.main(["--resume", "--output_dir", "run", "--steps", "3"]) == 2
     assert "steps is 3, but the run is at step 6 already" in capsys.readouterr().err
     assert files == {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    Path("run/summary.json").unlink()  # an unfinished one is recognised as well
     assert grpo.main(["--stage", "eval", "--model", "run"]) == 2
     assert "model 'run' is the folder of a run; its model is run/final" in capsys.readouterr().err
 
@@ -436,6 +437,17 @@ def test_two_processes_make_the_gradients_of_one(make_model, random_rollout, tmp
             parts, part_norm = torch.load(tmp_path / f"{average}-{rank}.pt")
             assert all((whole[name] - parts[name]).abs().max() < 1e-6 for name in whole)
             assert abs(norm - part_norm) < 1e-5 * norm
+
+
+def test_a_run_whose_numbers_were_not_all_finite_still_ends_with_its_table(tmp_path, capsys):
+    run = grpo.Run(grpo.make_config(output_dir=str(tmp_path / "run")))
+    run.create()
+    run.facts["before"] = dict(pass_at_1=0.5)
+    row = dict(accuracy=0.5, mean_tokens=3.0, reflection=0.0, entropy=float("nan"), update_peak_gb=0.0)
+    run.metrics = [row, {**row, "entropy": None}]  # as computed, and as read back from the log
+    run.finish()
+    assert "mean_tokens  ▁▁ 3.00 -> 3.00" in capsys.readouterr().out
+    assert (tmp_path / "run" / "summary.json").exists()
 
 
 def test_the_doctor_names_what_is_wrong():
