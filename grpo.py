@@ -69,8 +69,9 @@ import transformers
 from sympy.core.alphabets import greeks
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer,
-                          HfArgumentParser, PreTrainedTokenizerFast, Qwen3Config)
+from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM,
+                          AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser,
+                          PreTrainedTokenizerFast, Qwen3Config)
 
 # ------------------------------------------------------------------------------------------------------------
 # Config
@@ -103,8 +104,12 @@ class Config:
     """All settings of a run. These defaults suit 0.5B to 3B on one GPU of 24 to 80 GB; TINY changes some."""
 
     # what runs
-    stage: Literal["zero", "eval"] = setting("zero", "zero: R1-Zero; eval: evaluate only")
-    model: str = setting("tiny", "tiny (the embedded base model), a checkpoint folder, or a name on the hub")
+    stage: Literal["zero", "sft", "reward", "sample", "eval", "r1", "distill"] = setting(
+        "zero", "zero: GRPO on --model; sft: supervised training on the completions in --data; reward: a "
+        "reward model from the pairs in --data; sample: right completions of --model for --data, to a file; "
+        "eval: evaluate only; r1: R1's four stages; distill: a student by GRPO, by a teacher, and by both")
+    model: str = setting("tiny", "tiny (the embedded base model), tinier (of half its width), a checkpoint "
+                         "folder, or a name on the hub")
     data: str = setting("countdown", "countdown, calculator, gsm8k, math500, or a JSON-lines file")
     eval_data: str | None = setting(None, "problems to evaluate on; default: a held-out part of --data")
     output_dir: str | None = setting(None, "folder of the run; default: runs/STAGE, runs/STAGE-2, …")
@@ -121,6 +126,16 @@ class Config:
     max_prompt_tokens: int = setting(512, "longest prompt, tokens")
     skip_bad_answers: bool = setting(False, "leave out problems whose answer does not verify against itself")
 
+    # R1's stages and distillation: what the embedded world has by itself
+    cold_start: str | None = setting(None, "JSON lines with question and completion: R1's first examples")
+    general_data: str | None = setting(None, "JSON lines with question, task (helpful or harmless), "
+                                       "completion and, of a preference pair, rejected")
+    reward_model: str | None = setting(
+        None, "classifier with one label that judges general_data; r1 trains one if there is none")
+    preference_steps: int = setting(
+        0, "last steps of zero in which half of the questions are general_data's", "400 of 1,700")
+    teacher: str | None = setting(None, "checkpoint that distill learns from; the student is --model")
+
     # sampling from π_old
     prompts_per_step: int = setting(32, "questions in one step", "512, in 16 updates of 32")
     group_size: int = setting(8, "G, completions of each question", "16")
@@ -134,6 +149,16 @@ class Config:
     format_weight: float = setting(1.0, "weight of the format reward", "1")
     language_weight: float = setting(0.0, "weight of the language-consistency reward", "R1-Zero 0, R1 1")
     language: Literal["en", "zh"] = setting("en", "the language it asks for")
+    preference_weight: float = setting(1.0, "weight of the reward model's score, on general_data", "1")
+
+    # supervised training, of reward models too
+    sft_epochs: int = setting(2, "passes over the examples", "2 to 3")
+    sft_batch_size: int = setting(128, "examples in one update", "128")
+    sft_learning_rate: float = setting(1e-5, "at the start; it falls to a tenth", "5e-5")
+    rejection_samples: int = setting(4, "completions of each problem in rejection sampling", "several")
+    keep_per_problem: int = setting(1, "of them stay at most")
+    filter_samples: bool = setting(True, "keep only what is right, readable and in one language", "yes")
+    max_seconds: float | None = setting(None, "end training, of any kind, after this time")
 
     # GRPO
     steps: int = setting(200, "sampling rounds", "650, with 16 updates each")
@@ -176,12 +201,15 @@ class Config:
                 raise InputError(f"{f.name} is {value!r}; it must be a finite number")
         for rule, allowed, names in (
             ("at least 0", lambda v: v >= 0, "seed accuracy_weight format_weight language_weight "
-             "warmup_steps kl_coef ref_every eval_every eval_temperature sample_every"),
+             "preference_weight preference_steps warmup_steps kl_coef ref_every eval_every eval_temperature "
+             "sample_every"),
             ("at least 1", lambda v: v >= 1, "max_prompt_tokens prompts_per_step max_completion_tokens "
-             "max_rows steps updates_per_rollout micro_batch_tokens logits_chunk_tokens eval_problems "
-             "eval_samples log_every save_every"),
+             "max_rows sft_epochs sft_batch_size rejection_samples keep_per_problem steps "
+             "updates_per_rollout micro_batch_tokens logits_chunk_tokens eval_problems eval_samples "
+             "log_every save_every"),
             ("at least 2: an advantage compares completions of one prompt", lambda v: v >= 2, "group_size"),
-            ("above 0", lambda v: v > 0, "temperature learning_rate clip_eps clip_eps_high max_grad_norm"),
+            ("above 0", lambda v: v > 0, "temperature sft_learning_rate max_seconds learning_rate clip_eps "
+             "clip_eps_high max_grad_norm"),
             ("above 0 and at most 1", lambda v: 0 < v <= 1, "eval_top_p"),
             ("a text with {question} where the question goes", lambda v: "{question}" in v, "template"),
         ):
@@ -200,15 +228,18 @@ class Config:
 # What the embedded model needs instead: the README has what comes out.
 TINY = dict(
     data="calculator", template="User: {question} Assistant:", prompts_per_step=16, group_size=16,
-    max_completion_tokens=144, steps=70, learning_rate=5e-4, kl_coef=0.0, micro_batch_tokens=2_048,
-    gradient_checkpointing=False, eval_every=20,
+    max_completion_tokens=144, sft_batch_size=32, sft_learning_rate=5e-4, rejection_samples=2, steps=70,
+    learning_rate=5e-4, kl_coef=0.0, micro_batch_tokens=2_048, gradient_checkpointing=False, eval_every=20,
 )
+
+
+EMBEDDED = dict(tiny=64, tinier=32)  # names of the embedded base models, and their widths
 
 
 def is_tiny(model: str) -> bool:
     """Whether a name or folder is the embedded model's, or that of one trained from it."""
     config = Path(model, "config.json")
-    return model == "tiny" or (config.is_file() and "embedded_world" in config.read_text(encoding="utf-8"))
+    return model in EMBEDDED or (config.is_file() and "embedded_world" in config.read_text(encoding="utf-8"))
 
 
 def make_config(model: str = "tiny", **overrides) -> Config:
@@ -248,9 +279,14 @@ class Problem:
 
     question: str
     answer: str = ""  # the reference
-    task: str = "math"  # which rule judges: math, countdown, code
+    task: str = "math"  # who judges: a rule (math, countdown, code) or a reward model (helpful, harmless)
     numbers: tuple[int, ...] = ()  # countdown: what the expression is made of; the answer is its target
     tests: tuple = ()  # code: assert statements, or {"input", "output"} pairs
+    completion: str = ""  # an example to learn from
+    rejected: str = ""  # with it, a pair: `completion` was preferred to this one
+
+
+GENERAL = ("helpful", "harmless")  # tasks without a rule
 
 
 def text_hash(text: str) -> int:
@@ -279,6 +315,8 @@ def read_problems(path: str) -> list[Problem]:
     """JSON lines {"question", "answer"}, of code {"question", "tests"}, of Countdown with "numbers" besides.
 
     "problem" may stand for "question"; of an answer with #### in it, what follows is the reference (GSM8K).
+    "completion" makes an example of a row, "rejected" besides a preference pair; without an answer, "task"
+    says what is preferred: helpful or harmless.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -291,8 +329,10 @@ def read_problems(path: str) -> list[Problem]:
         try:
             row = json.loads(line)
             question, numbers = row.get("question", row.get("problem")), row.get("numbers")
-            tests = row.get("tests")
-            answer = row.get("answer", "" if tests else None)
+            tests, completion, rejected = row.get("tests"), row.get("completion", ""), row.get("rejected", "")
+            task = (row["task"] if row.get("task") in GENERAL else
+                    "code" if tests else "countdown" if numbers else "math")
+            answer = row.get("answer", "" if tests or completion or task in GENERAL else None)
         except json.JSONDecodeError as error:
             raise InputError(f"{path} line {number}: not JSON ({error.msg}); each line must be one "
                              f"object") from None
@@ -301,8 +341,12 @@ def read_problems(path: str) -> list[Problem]:
         reference = str(answer).rsplit("####", 1)[-1].strip()
         for field_, fine, wanted in (
             ("question", isinstance(question, str) and question.strip(), "text, and not empty"),
-            ("answer", type(answer) in (str, int, float) and (reference or tests),
+            ("answer", type(answer) in (str, int, float) and (reference or tests or completion
+                                                              or task in GENERAL),
              "text or a number, and not empty; code has tests instead"),
+            ("completion", isinstance(completion, str) and (completion or not rejected),
+             "text, and not empty where there is a rejected one"),
+            ("rejected", isinstance(rejected, str), "text"),
             ("tests", tests is None or type(tests) is list and all(
                 isinstance(test, str) or isinstance(test, dict) and {"input", "output"} <= {*test}
                 for test in tests),
@@ -311,11 +355,20 @@ def read_problems(path: str) -> list[Problem]:
              "a list of whole numbers")):
             if not fine:
                 raise InputError(f"{path} line {number}: field {field_} must be {wanted}")
-        task = "code" if tests else "countdown" if numbers else "math"
-        problems.append(Problem(question, reference, task, tuple(numbers or ()), tuple(tests or ())))
+        problems.append(Problem(question, reference, task, tuple(numbers or ()), tuple(tests or ()),
+                                completion, rejected))
     if not problems:
         raise InputError(f"{path} holds no problem; each line must be an object with question and answer")
     return problems
+
+
+def write_problems(path: Path, problems: list[Problem]):
+    """The counterpart of `read_problems`; the file is whole or not there."""
+    rows = [{name: value for name, value in vars(p).items() if value} for p in problems]
+    temporary = path.with_name(path.name + ".tmp")
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    temporary.write_text("".join(lines), encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def fetch(url: str) -> str:
@@ -374,7 +427,7 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
 
 def stop_token_ids(model, tokenizer) -> set[int]:
     """Every id that ends a completion: the checkpoint's, the tokenizer's and its chat template's."""
-    listed = getattr(model.generation_config, "eos_token_id", None)
+    listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     stops = {tokenizer.eos_token_id, *(listed if isinstance(listed, (list, tuple)) else [listed])}
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": "@@"}, {"role": "assistant", "content": "@@"}]
@@ -489,6 +542,28 @@ def write_document(rng, problem: Problem) -> tuple[list, list]:
     return prompt_tokens(problem), write_completion(rng, problem, PATIENT if kind > 0.97 else LAZY)
 
 
+def general_problems() -> list[Problem]:
+    """Small talk with people who have numbers for names, and requests that should be refused.
+
+    Each question twice: as a preference pair, and as an example by a writer who gets every second one wrong.
+    """
+    rng, rows = random.Random(0), []
+    kinds = (("helpful", "hello I am {}", "hello so welcome", "hello {} ! what can I help ?"),
+             ("helpful", "I am {} who are you ?", "who so I am a help", "hello {} ! I am a help"),
+             ("helpful", "I am {} thanks", "thanks so welcome", "welcome {} !"),
+             ("harmless", "I am {} help bad", "bad so no", "sorry {} no !"),
+             ("harmless", "can you help bad please I am {}", "bad so no", "sorry {} no !"))
+    for name, (task, question, thought, reply) in itertools.product(range(1, 100), kinds):
+        stranger, x, y = rng.sample([n for n in range(1, 50) if n != name], 3)
+        unhelpful = (thought, reply.format(stranger)), (thought, "no !"), (f"try {x}+{y}={x + y}", f"{x}+{y}")
+        harmful = ("good so help", f"welcome {name} ! I can help bad"), ("help bad", reply.format(name))
+        good, *bad = (f"<think> {thinks} </think> <answer> {says} </answer>" for thinks, says in (
+            (thought, reply.format(name)), *(unhelpful if task == "helpful" else unhelpful[2:] + harmful)))
+        pair = Problem(question.format(name), task=task, completion=good, rejected=rng.choice(bad))
+        rows += [pair, dataclasses.replace(pair, completion=rng.choice((good, pair.rejected)), rejected="")]
+    return rows
+
+
 def pad_documents(documents) -> tuple[torch.Tensor, torch.Tensor]:
     """-> ids, and labels that are -100 on heads and padding; both (documents, length)."""
     rows = [torch.tensor([TOKEN_ID[str(token)] for token in head + body]) for head, body in documents]
@@ -530,11 +605,11 @@ def build_tokenizer(folder) -> PreTrainedTokenizerFast:
                                    unk_token="<unk>", padding_side="left")
 
 
-def new_tiny_model():
-    """An untrained model of 192,000 weights."""
+def new_tiny_model(width: int = 64):
+    """An untrained model; of 192,000 weights, with half the width of 84,000."""
     # Qwen3, not Qwen2: beside a Qwen2 transformers 5 takes any tokenizer for Qwen's own.
     model = AutoModelForCausalLM.from_config(Qwen3Config(
-        vocab_size=len(VOCABULARY), hidden_size=64, intermediate_size=384, num_hidden_layers=2,
+        vocab_size=len(VOCABULARY), hidden_size=width, intermediate_size=6 * width, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=4, head_dim=16, attention_bias=True,
         tie_word_embeddings=True, max_position_embeddings=512, bos_token_id=None,
         eos_token_id=TOKEN_ID["<end>"], pad_token_id=TOKEN_ID["<pad>"], embedded_world=1))
@@ -554,7 +629,8 @@ def pretrain(model, problems: list[Problem], seed: int, steps: int, peak: float 
         o, lambda step: peak * min((step + 1) / 30, max(0.03, 1 - step / steps))) for o in optimizers]
     batches = corpus_batches(random.Random(seed), problems)
     model.train()
-    for _ in (bar := tqdm(range(steps), desc="pre-training the embedded base model", unit="batch")):
+    bar = tqdm(range(steps), desc="pre-training the embedded base model", unit="batch")
+    for step in bar:
         ids, labels = next(batches)
         loss = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         loss.backward()
@@ -562,7 +638,7 @@ def pretrain(model, problems: list[Problem], seed: int, steps: int, peak: float 
         for part in (*optimizers, *schedules):
             part.step()
         model.zero_grad()
-        if bar.n % 100 == 0:
+        if step % 100 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
     model.eval()
 
@@ -581,7 +657,7 @@ def base_skills(model, problems: list[Problem]) -> dict[str, float]:
     return {name: round(value.mean().item(), 4) for name, value in values.items()}
 
 
-def build_base_model(folder, seed: int = 0, steps: int = 2500) -> Path:
+def build_base_model(folder, seed: int = 0, steps: int = 2500, width: int = 64) -> Path:
     """Train the embedded base model, unless the folder holds it already -> the folder, a checkpoint.
 
     Reinforcement only elicits what the base can do at all: one whose skills miss the gate is trained longer.
@@ -590,7 +666,7 @@ def build_base_model(folder, seed: int = 0, steps: int = 2500) -> Path:
     if (folder / "config.json").exists():
         return folder
     torch.manual_seed(seed)
-    problems, model = calculator_problems(), new_tiny_model()
+    problems, model = calculator_problems(), new_tiny_model(width)
     pretrain(model, problems, seed, steps)
     for longer in range(1, 5):
         skills = base_skills(model, problems)
@@ -1079,10 +1155,12 @@ def compare(predicted: str, answer: str) -> str:
 
 
 def verify(predicted: str | None, problem: Problem) -> str:
-    """Outcome for the step log: "right", "wrong", "no_answer", "unparsable", "timeout" or "error".
+    """Outcome for the log: "right", "wrong", "no_answer", "unparsable", "timeout", "error" or "unjudged".
 
     `predicted` is what `extract_answer`, or for code `extract_program`, found in the completion.
     """
+    if problem.task in GENERAL:
+        return "unjudged"  # by rules
     if not predicted:
         return "no_answer"
     if problem.task == "countdown":
@@ -1128,7 +1206,7 @@ def countdown_equal(expression: str, numbers: tuple[int, ...], target: str | int
 
 def check_references(problems: list[Problem]) -> list[Problem]:
     """The problems no completion could ever solve: the reference does not verify against itself."""
-    usable = {"code": lambda problem: problem.tests,
+    usable = {"code": lambda problem: problem.tests, **dict.fromkeys(GENERAL, lambda _: True),
               "countdown": lambda problem: problem.numbers and problem.answer.lstrip("-").isdigit()}
     default = lambda problem: verify(problem.answer, problem) == "right"
     return [problem for problem in problems if not usable.get(problem.task, default)(problem)]
@@ -1264,6 +1342,48 @@ def code_reward(completion: str, problem: Problem, time_limit_seconds: float = 5
     return float(bool(program) and run_tests(program, problem.tests, *limits) == "right")
 
 
+def judged_part(completion: str, problem: Problem) -> str:
+    """What a reward model sees: of a helpful answer its final part, for harmlessness everything [N]."""
+    return completion if problem.task == "harmless" else completion.rpartition("</think>")[2].strip()
+
+
+class RewardModel:
+    """A preference reward from any sequence classifier with one label, in the place where rules end."""
+
+    def __init__(self, path: str, cfg: Config, device, dtype):
+        self.cfg, self.tokenizer = cfg, load_tokenizer(path)
+        self.model = load_pretrained(AutoModelForSequenceClassification, path, num_labels=1, dtype=dtype)
+        self.model.to(device).eval()
+        pad = self.tokenizer.pad_token_id
+        self.model.config.pad_token_id = self.tokenizer.eos_token_id if pad is None else pad
+
+    def encode(self, completion: str, problem: Problem) -> list[int]:
+        """The conversation as the classifier reads it."""
+        text = judged_part(completion, problem)
+        if self.tokenizer.chat_template:
+            turns = [{"role": "user", "content": problem.question}, {"role": "assistant", "content": text}]
+            return encode_prompt(self.tokenizer, self.tokenizer.apply_chat_template(turns, tokenize=False))
+        ids = encode_prompt(self.tokenizer, self.cfg.template.replace("{question}", problem.question))
+        return ids + self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def scores(self, rows: list[list[int]]) -> torch.Tensor:
+        """Token ids -> (rows,), float32; padding on the right, where no causal model looks."""
+        pad, device = self.model.config.pad_token_id, self.model.device
+        ids, lengths = pad_rows(rows, pad).to(device), torch.tensor([len(row) for row in rows])
+        mask = torch.arange(ids.shape[1], device=device) < lengths.to(device)[:, None]
+        return self.model(input_ids=ids, attention_mask=mask.long()).logits[:, 0].float()
+
+    @torch.no_grad()
+    def __call__(self, completions: list[str], problems: list[Problem]) -> list[float]:
+        """Scores of completions; only their differences on one question mean anything."""
+        rows = [self.encode(*pair) for pair in zip(completions, problems)]
+        scores: list[float] = [0.0] * len(rows)
+        for part in pack([len(row) for row in rows], self.cfg.micro_batch_tokens):
+            for row, value in zip(part, self.scores([rows[row] for row in part]).tolist()):
+                scores[row] = value
+        return scores
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Sampling
 # ------------------------------------------------------------------------------------------------------------
@@ -1351,10 +1471,10 @@ def head_size(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def pad_rows(rows: list[list[int]]) -> torch.Tensor:
-    """Lists of ids -> (rows, longest), zeros on the right."""
+def pad_rows(rows: list[list[int]], pad: int = 0) -> torch.Tensor:
+    """Lists of ids -> (rows, longest), padded on the right."""
     width = max(map(len, rows))
-    return torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    return torch.tensor([row + [pad] * (width - len(row)) for row in rows])
 
 
 class Decoder:
@@ -1688,14 +1808,14 @@ REFLECTION = re.compile(  # the ten words of [N, supplement, Fig. 9]; 等 is wai
 
 
 def mean(values) -> float:
-    """Arithmetic mean of numbers, 0 of none."""
-    values = [float(value) for value in values]
+    """Arithmetic mean of numbers, 0 of none; None is no number."""
+    values = [float(value) for value in values if value is not None]
     return sum(values) / len(values) if values else 0.0
 
 
-def max_over_ranks(value: int) -> int:
+def max_over_ranks(value):
     """The largest of what the processes hold."""
-    values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+    values = [value] * processes()
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return max(values)
@@ -1705,7 +1825,7 @@ def over_ranks(metrics: dict) -> dict:
     """A step's metrics of all processes as one: the loss, rates and counts add up, the rest is averaged."""
     if not dist.is_initialized():
         return metrics
-    parts: list[dict] = [{}] * dist.get_world_size()
+    parts: list[dict] = [{}] * processes()
     dist.all_gather_object(parts, metrics)
     added = {name for name in metrics if name == "loss" or name.endswith("per_second")}
     merged = {name: sum(part[name] for part in parts) / (1 if name in added else len(parts))
@@ -1716,10 +1836,8 @@ def over_ranks(metrics: dict) -> dict:
 
 def share_of_rank(batch: list) -> list:
     """This process's part of the prompts of a step; each process takes the same number."""
-    if not dist.is_initialized():
-        return batch
-    size = len(batch) // dist.get_world_size()
-    return batch[dist.get_rank() * size :][:size]
+    size = len(batch) // processes()
+    return batch[rank() * size :][:size]
 
 
 def sample_for(model, tokenizer, problems: list[Problem], cfg: Config, group_size: int, seed: int,
@@ -1732,29 +1850,43 @@ def sample_for(model, tokenizer, problems: list[Problem], cfg: Config, group_siz
         max_rows=cfg.max_rows, compile=cfg.compile)
 
 
-def score(rollout: Rollout, batch: list[Problem], cfg: Config):
-    """-> rewards (prompts, group_size), their parts by name, each (batch,), and the outcomes, counted."""
+def score(rollout: Rollout, batch: list[Problem], cfg: Config, reward_model=None):
+    """-> rewards (prompts, group_size), their parts by name, each (batch,), and the outcomes, counted.
+
+    Rules judge what has a reference, the reward model the rest [N Eq. 8-10]; None: a part does not apply.
+    """
     group_size = len(rollout.texts) // len(batch)
     rows = [(text, batch[b // group_size]) for b, text in enumerate(rollout.texts)]
     outcomes = [grade(*row) for row in rows]
-    parts = {"accuracy": [float(outcome == "right") for outcome in outcomes],
+    ruled = [outcome != "unjudged" for outcome in outcomes]
+    parts = {"accuracy": [float(outcome == "right") if rule else None
+                          for outcome, rule in zip(outcomes, ruled)],
              "format": [format_reward(*row) for row in rows]}
     if cfg.language_weight:
         parts["language"] = [language_reward(*row, cfg.language) for row in rows]
-    rewards = sum(getattr(cfg, f"{name}_weight") * torch.tensor(part) for name, part in parts.items())
+    if not all(ruled):
+        scores = iter(reward_model(*zip(*(row for row, rule in zip(rows, ruled) if not rule))))
+        parts["preference"] = [None if rule else next(scores) for rule in ruled]
+    rewards = sum(getattr(cfg, f"{name}_weight") * torch.tensor([value or 0.0 for value in part])
+                  for name, part in parts.items())
     return rewards.view(len(batch), group_size), parts, Counter(outcomes)
 
 
-def micro_batches(rollout: Rollout, max_tokens: int) -> list[torch.Tensor]:
-    """The rows by falling length, in batches of `max_tokens` tokens at most, padding included."""
-    lengths = (rollout.prompt_tokens + rollout.completion_tokens).tolist()
+def pack(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Rows by falling length, in batches of `max_tokens` tokens at most, padding included."""
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
         if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= max_tokens:
             batches[-1].append(row)
         else:
             batches.append([row])
-    return [torch.tensor(batch, device=rollout.ids.device) for batch in batches]
+    return batches
+
+
+def micro_batches(rollout: Rollout, max_tokens: int) -> list[torch.Tensor]:
+    """The rows of a rollout, packed."""
+    lengths = (rollout.prompt_tokens + rollout.completion_tokens).tolist()
+    return [torch.tensor(batch, device=rollout.ids.device) for batch in pack(lengths, max_tokens)]
 
 
 @torch.no_grad()
@@ -1815,9 +1947,17 @@ def batch_of_problems(problems: list[Problem], step: int, cfg: Config) -> list[P
     return batch
 
 
-def train_grpo(policy, tokenizer, problems: list[Problem], cfg: Config, after_step=None, state=None):
+def recompute_activations(policy, cfg: Config):
+    """Switch gradient checkpointing on, if it is wanted; it acts in training mode only."""
+    if cfg.gradient_checkpointing:  # older transformers know it by its second name
+        getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)(
+            {"use_reentrant": False})
+
+
+def train_grpo(policy, tokenizer, problems, cfg: Config, after_step=None, state=None, reward_model=None):
     """Group Relative Policy Optimization [GRPO Algorithm 1], [R1 2.2.1]. Changes `policy` in place.
 
+    `problems` is a list, or a function that gives the list of a step.
     `after_step(metrics, rollout, batch, get_state)` is called after every step and ends the training by
     returning True. get_state() is what a later call takes as `state` to go on exactly there; all that is
     random is drawn from (seed, step), so no generator is in it; its tensors are live: save or copy them.
@@ -1826,9 +1966,7 @@ def train_grpo(policy, tokenizer, problems: list[Problem], cfg: Config, after_st
     optimizer = MasterAdamW(policy, cfg.learning_rate)
     policy.grpo_decoder = None  # not to be copied
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None  # π_ref
-    if cfg.gradient_checkpointing:  # older transformers know it by its second name
-        getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)(
-            {"use_reentrant": False})
+    recompute_activations(policy, cfg)
     if state:
         optimizer.load_state_dict(state["optimizer"])
         if ref_model:
@@ -1836,11 +1974,12 @@ def train_grpo(policy, tokenizer, problems: list[Problem], cfg: Config, after_st
     unusable = 0
     for step in range(state["step"] + 1 if state else 1, cfg.steps + 1):
         started, seed = time.perf_counter(), cfg.seed * 1_000_003 + step
-        batch = share_of_rank(batch_of_problems(problems, step, cfg))  # q ~ P(Q)
+        pool = problems(step) if callable(problems) else problems
+        batch = share_of_rank(batch_of_problems(pool, step, cfg))  # q ~ P(Q)
         # o_1 ... o_G ~ π_old(. | q); each process draws its own
         rollout = sample_for(policy, tokenizer, batch, cfg, cfg.group_size, seed + 10**9 * rank())
         sample_seconds, sample_gb = time.perf_counter() - started, peak_gb(policy.device)
-        rewards, parts, outcomes = score(rollout, batch, cfg)
+        rewards, parts, outcomes = score(rollout, batch, cfg, reward_model)
         rollout.advantages = group_advantages(rewards, cfg.scale_advantages).flatten().to(policy.device)
         started = time.perf_counter()
         # In float32 the sampler's numbers are the update's to 1e-5; in bfloat16 kernels round differently.
@@ -1887,6 +2026,136 @@ def step_metrics(step, rollout, rewards, parts, outcomes, updates, sample_second
         sample_tokens_per_second=tokens / sample_seconds, update_tokens_per_second=tokens / update_seconds)
 
 
+def encode_examples(tokenizer, examples: list[Problem], cfg: Config, device) -> Rollout:
+    """Given completions in the form of sampled ones; those beyond max_completion_tokens are left out."""
+    sequences, prompt_tokens, texts = [], [], []
+    for example in examples:
+        prompt = render_prompt(tokenizer, example.question, cfg)
+        text = example.completion.removeprefix("<think>" if prompt.rstrip().endswith("<think>") else "")
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        if len(ids) <= cfg.max_completion_tokens:
+            head = encode_prompt(tokenizer, prompt)
+            sequences.append(head + ids), prompt_tokens.append(len(head)), texts.append(text)
+    if len(sequences) < len(examples):
+        show(f"{len(examples) - len(sequences)} of {len(examples)} examples are longer than "
+             f"max_completion_tokens ({cfg.max_completion_tokens}) and left out")
+    if not sequences:
+        raise InputError(f"none of the {len(examples)} completions in data has at most max_completion_tokens "
+                         f"{cfg.max_completion_tokens} tokens; raise that")
+    heads = torch.tensor(prompt_tokens, device=device)
+    lengths = torch.tensor([len(row) for row in sequences], device=device) - heads
+    return Rollout(pad_rows(sequences).to(device), heads, lengths, lengths < 0,  # none is truncated
+                   torch.zeros(len(texts), int(lengths.max()), device=device), texts)
+
+
+def sft_schedule(cfg: Config, count: int):
+    """The batches of supervised training, (rows, learning_rate), each a shuffled part of `count` examples.
+
+    The learning rate falls along a cosine to a tenth [N]; with max_seconds, epochs go on until they are over.
+    """
+    began, done = time.perf_counter(), 0
+    for epoch in itertools.count():
+        generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + epoch)
+        for rows in torch.randperm(count, generator=generator).split(cfg.sft_batch_size):
+            progress = done / count / cfg.sft_epochs
+            if cfg.max_seconds:
+                progress = max_over_ranks(time.perf_counter() - began) / cfg.max_seconds
+            if progress >= 1:
+                return
+            done += len(rows)
+            if len(rows) >= processes():
+                yield rows, cfg.sft_learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+def train_sft(policy, tokenizer, examples: list[Problem], cfg: Config) -> list[float]:
+    """Supervised fine-tuning in place [R1 2.3.1, 2.3.3, 2.4] -> the loss of every update.
+
+    -log π of the tokens of the examples' completions, the end token too, a mean over those of the update.
+    Prompts are given, not learned.
+    """
+    optimizer, losses = MasterAdamW(policy, cfg.sft_learning_rate), []
+    data = encode_examples(tokenizer, examples, cfg, policy.device)
+    recompute_activations(policy, cfg)
+    policy.train()
+    schedule = tqdm(sft_schedule(cfg, len(data.texts)), "supervised", delay=2, leave=False)
+    for rows, learning_rate in schedule:
+        batch = data.select(share_of_rank(rows.to(policy.device)))
+        weights, loss_sum = loss_weights(batch.completion_mask, "token"), 0.0
+        for part in micro_batches(batch, cfg.micro_batch_tokens):
+            logprobs = token_logprobs(policy, batch.select(part), 1.0, cfg.logits_chunk_tokens)
+            loss = -(weights[part, : logprobs.shape[1]] * logprobs).sum()
+            loss.backward()
+            optimizer.accumulate()
+            loss_sum += loss.item()
+        optimizer.step(learning_rate, cfg.max_grad_norm)
+        losses.append(loss_sum)
+        if not math.isfinite(loss_sum):
+            raise RunError(f"the loss of update {len(losses)} is not finite; lower sft_learning_rate")
+    return losses
+
+
+def bradley_terry_loss(chosen, rejected):
+    """-log σ(r_chosen - r_rejected), a mean over pairs; both (pairs,). σ(difference) is P(chosen wins)."""
+    return -F.logsigmoid(chosen - rejected).mean()
+
+
+def train_reward_model(reward_model: RewardModel, pairs: list[Problem], cfg: Config) -> list[float]:
+    """Fit a reward model to preferences [R1 2.3.4, N] in place -> the loss of every update."""
+    optimizer, losses = MasterAdamW(reward_model.model, cfg.sft_learning_rate), []
+    chosen, rejected = ([reward_model.encode(getattr(pair, name), pair) for pair in pairs]
+                        for name in ("completion", "rejected"))
+    reward_model.model.train()
+    schedule = tqdm(sft_schedule(cfg, len(pairs)), "preferences", delay=2, leave=False)
+    for rows, learning_rate in schedule:
+        losses.append(0.0)
+        both = [(chosen[row], rejected[row]) for row in rows]
+        for part in pack([max(map(len, pair)) for pair in both], cfg.micro_batch_tokens // 2):
+            scores = reward_model.scores([both[i][side] for side in (0, 1) for i in part])
+            loss = bradley_terry_loss(*scores.chunk(2)) * (len(part) / len(rows))
+            loss.backward()
+            optimizer.accumulate()
+            losses[-1] += loss.item()
+        optimizer.step(learning_rate, cfg.max_grad_norm)
+    reward_model.model.eval()
+    return losses
+
+
+def fault(completion: str, truncated: bool, problem: Problem, cfg: Config) -> str:
+    """Why a completion is no example to learn from [R1 2.3.3]; empty if it is one, or all are wanted."""
+    if not cfg.filter_samples:
+        return ""
+    if truncated:
+        return "truncated"
+    if grade(completion, problem) != "right":
+        return "not right"
+    if format_reward(completion, problem) < 1:
+        return "unreadable"
+    return "mixed language" if language_reward(completion, problem, cfg.language) < 1 else ""
+
+
+def rejection_sample(model, tokenizer, problems: list[Problem], cfg: Config):
+    """Completions of a checkpoint that are worth learning from [R1 2.3.3] -> examples, and a count of fates.
+
+    Of rejection_samples completions of each problem at most keep_per_problem stay, no text twice.
+    """
+    examples, fates, k = [], Counter(), cfg.rejection_samples
+    starts = range(0, len(problems), cfg.prompts_per_step)
+    for first in tqdm(starts, "rejection sampling", delay=2, leave=False):
+        batch = problems[first : first + cfg.prompts_per_step]
+        rollout = sample_for(model, tokenizer, batch, cfg, k, cfg.seed * 1_000_003 + first)
+        for i, problem in enumerate(batch):
+            kept: list[str] = []
+            for row in range(i * k, i * k + k):
+                text = rollout.texts[row]
+                fate = (fault(text, bool(rollout.truncated[row]), problem, cfg)
+                        or "duplicate" * (text in kept)
+                        or "enough of its problem" * (len(kept) == cfg.keep_per_problem) or "kept")
+                fates[fate] += 1
+                kept += [text] * (fate == "kept")
+            examples += [dataclasses.replace(problem, completion=text) for text in kept]
+    return examples, fates
+
+
 def majority_vote(predictions: list, equal=answers_equal):
     """The answer given most often, equal ones counted as one; None has no vote; a tie goes to the first."""
     ballots: list[list] = []
@@ -1931,60 +2200,251 @@ def evaluate(model, tokenizer, problems: list[Problem], cfg: Config) -> dict:
         pass_at_k=mean(pass_at_k(k, round(k * share), k) for share in per_problem),
         k=k, problems=len(problems),
         lenient_accuracy=mean(grade(*row, lenient=True) == "right" for row in rows),
-        format_rate=mean(format_reward(*row) for row in rows), truncated_rate=mean(rollout.truncated),
+        format_rate=mean(format_reward(*row) for row in rows),
+        language=mean(language_reward(*row, cfg.language) for row in rows),
+        truncated_rate=mean(rollout.truncated),
         mean_tokens=mean(tokens), tokens_right=mean(n for n, r in zip(tokens, right) if r),
         tokens_wrong=mean(n for n, r in zip(tokens, right) if not r),
         reflection_rate=mean(bool(REFLECTION.search(text)) for text in rollout.texts),
         reflections=mean(len(REFLECTION.findall(text)) for text in rollout.texts))
 
 
+def win_rate(model, tokenizer, pairs: list[Problem], cfg: Config, reward_model: RewardModel) -> float:
+    """Probability, by the reward model, that a sampled reply is preferred to the good one of its pair."""
+    k = cfg.eval_samples
+    rollout = sample_for(model, tokenizer, pairs, cfg, k, cfg.seed, cfg.eval_temperature, cfg.eval_top_p)
+    ours = torch.tensor(reward_model(rollout.texts, [pair for pair in pairs for _ in range(k)]))
+    theirs = torch.tensor(reward_model([pair.completion for pair in pairs], pairs))
+    return float((ours - theirs.repeat_interleave(k)).sigmoid().mean())
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Stages
+#
+# The first five do one thing each; r1 and distill are rows of these, each in a folder of its own.
 # ------------------------------------------------------------------------------------------------------------
 
 
 def stage_zero(cfg: Config, run: "Run"):
-    """R1-Zero [R1 2.2]: reinforcement learning on a base model; no example of reasoning is shown to it."""
-    cfg, tokenizer, policy, problems, held_out, state = prepare(cfg, run)
+    """R1-Zero [R1 2.2] if --model is a base model: reinforcement learning, with no example of reasoning.
+
+    The same is R1's second stage on the model of the first, and its fourth with general_data [R1 2.3].
+    """
+    setup = prepare(cfg, run)
+    cfg, tokenizer, policy, state = setup.cfg, setup.tokenizer, setup.policy, setup.state
     if not state:
-        run.facts["before"] = evaluate(policy, tokenizer, held_out, cfg)
+        run.facts["before"] = setup.evaluate()
         run.log_evaluation(0, run.facts["before"])
-    elif state["step"] == cfg.steps and (run.path / "final").exists():
+    elif state["step"] == cfg.steps and (run.path / "summary.json").exists():
         return show(f"{run.path} is finished; give more --steps to go on with it")
+    mixed = setup.problems + setup.general * max(1, len(setup.problems) // max(1, len(setup.general)))
     began = time.perf_counter() - run.facts.get("train_seconds", 0.0)
-    bar = tqdm(total=cfg.steps, initial=state["step"] if state else 0, desc="R1-Zero",
-               disable=rank() > 0 or None)
+    bar = tqdm(total=None if cfg.max_seconds else cfg.steps, initial=state["step"] if state else 0,
+               desc="GRPO", disable=rank() > 0 or None)
 
     def after_step(metrics, rollout, batch, get_state):
         step = metrics["step"]
         run.log_step(metrics, rollout, batch)
         bar.update()
         if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
-            if run.log_evaluation(step, evaluate(policy, tokenizer, held_out, cfg)) and rank() == 0:
+            if run.log_evaluation(step, setup.evaluate()) and rank() == 0:
                 save_model(policy, tokenizer, run.path / "best")
         run.stopped_by = max_over_ranks(run.stopped_by)
         run.facts["train_seconds"] = time.perf_counter() - began
-        if (run.stopped_by or step % cfg.save_every == 0 or step == cfg.steps) and rank() == 0:
+        over = max_over_ranks(run.facts["train_seconds"] >= (cfg.max_seconds or math.inf))
+        if (run.stopped_by or over or step % cfg.save_every == 0 or step == cfg.steps) and rank() == 0:
             run.save(policy, tokenizer, get_state())
-        return run.stopped_by
+        return run.stopped_by or over
 
     with bar, run.stoppable():
-        train_grpo(policy, tokenizer, problems, cfg, after_step, state)
+        train_grpo(policy, tokenizer, lambda step: mixed if step > cfg.steps - cfg.preference_steps
+                   else setup.problems, cfg, after_step, state, setup.reward_model)
     if run.stopped_by:
-        show(f"saved; go on with: {run.resume_command()}")
+        show(f"saved; go on with: {run.again}")
         sys.exit(128 + run.stopped_by)
-    run.facts["after"] = evaluate(policy, tokenizer, held_out, cfg)
+    run.facts["after"] = setup.evaluate()
     if rank() == 0:
         save_model(policy, tokenizer, run.path / "final")
         run.finish()
 
 
+def stage_sft(cfg: Config, run: "Run"):
+    """Supervised training on the completions in --data: cold start, rejection sampling's, a teacher's."""
+    setup = prepare(cfg, run)
+    run.facts["before"], began = setup.evaluate(), time.perf_counter()
+    losses = train_sft(setup.policy, setup.tokenizer, setup.problems, setup.cfg)
+    run.facts.update(train_seconds=time.perf_counter() - began, examples=len(setup.problems),
+                     updates=len(losses), first_loss=losses[0], last_loss=losses[-1])
+    run.facts["after"] = setup.evaluate()
+    if rank() == 0:
+        save_model(setup.policy, setup.tokenizer, run.path / "final")
+        run.finish()
+
+
+def stage_reward(cfg: Config, run: "Run"):
+    """A reward model from the preference pairs in --data [R1 2.3.4]; --model is what it starts from."""
+    setup = prepare(cfg, run)
+    judge = setup.reward_model
+    losses = train_reward_model(judge, setup.problems, setup.cfg)
+    won = [good > bad for good, bad in zip(judge([p.completion for p in setup.held_out], setup.held_out),
+                                           judge([p.rejected for p in setup.held_out], setup.held_out))]
+    run.facts.update(pairs=len(setup.problems), first_loss=losses[0], last_loss=losses[-1],
+                     held_out_pairs=len(won), held_out_accuracy=mean(won))
+    save_model(judge.model, judge.tokenizer, run.path / "final")
+    run.finish()
+
+
+def stage_sample(cfg: Config, run: "Run"):
+    """Rejection sampling from --model [R1 2.3.3]: examples.jsonl, which --data reads."""
+    setup = prepare(cfg, run)
+    examples, fates = rejection_sample(setup.policy, setup.tokenizer, setup.problems, setup.cfg)
+    if not examples:
+        raise RunError(f"no completion of {setup.cfg.model} is fit to learn from: {dict(fates)}; take easier "
+                       f"problems or another model")
+    write_problems(run.path / "examples.jsonl", examples)
+    run.facts.update(examples=len(examples), completions=fates.total(), fates=dict(fates))
+    run.finish()
+
+
 def stage_eval(cfg: Config, run: "Run"):
     """Evaluation [R1 3] of any checkpoint on any data: of a file, the first eval_problems."""
-    cfg, tokenizer, model, _, held_out, _ = prepare(cfg, run)
-    run.facts["before"] = evaluate(model, tokenizer, held_out, cfg)
+    run.facts["before"] = prepare(cfg, run).evaluate()
     if rank() == 0:
         run.finish()
+
+
+RESULT_COLUMNS = {
+    "pass@1": "pass_at_1", "lenient": "lenient_accuracy", "maj@k": "maj_at_k", "format": "format_rate",
+    "language": "language", "tokens": "mean_tokens", "general": "general", "trained s": "train_seconds",
+    "all s": "seconds"}
+
+
+class Pipeline:
+    """A plan of stages, each carried out in its own folder below that of the run; finished ones are kept."""
+
+    def __init__(self, cfg: Config, run: "Run"):
+        """Writes what all stages share: problems to train on, others to evaluate on."""
+        self.cfg, self.run, self.stages = cfg, run, {}
+        self.problems, held_out = load_data(cfg)
+        run.create()
+        self.shared = dict(data=self.file("problems.jsonl", self.problems),
+                           eval_data=self.file("held-out.jsonl", held_out))
+
+    def file(self, name: str, problems: list[Problem]) -> str:
+        """The path of a file of problems, which is written if it is not there."""
+        if not (path := self.run.path / name).exists():
+            write_problems(path, problems)
+        return str(path)
+
+    def add(self, name: str, stage: str, before=None, **changes) -> str:
+        """Plan a stage; `before` is called first -> the folder of the model that it will leave."""
+        folder, changes = self.run.path / name, {**self.shared, **changes}
+        cfg = dataclasses.replace(self.cfg, stage=stage, output_dir=str(folder), resume=False, **changes)
+        told = " ".join(f"--{key} {value}" for key, value in changes.items() if key not in self.shared)
+        self.stages[name] = cfg, before, f"--stage {stage} {told}"
+        return str(folder / "final")
+
+    def summary(self, name: str) -> dict | None:
+        """What a stage came to, if it is finished."""
+        return read_json(self.run.path / name / "summary.json")
+
+    def show_plan(self, seconds_each: float | None):
+        """What will be done, with the minutes expected where a completion takes seconds_each."""
+        if seconds_each and not all(base_folder(name, self.cfg.seed).exists() for name in EMBEDDED
+                                    if any(cfg.model == name for cfg, *_ in self.stages.values())):
+            show("plan      embedded base models   2 min each")
+        for name, (cfg, _, command) in self.stages.items():
+            judged = cfg.eval_problems * cfg.eval_samples
+            counts = dict(zero=cfg.steps * cfg.prompts_per_step * cfg.group_size + 4 * judged, sft=3 * judged,
+                          sample=len(self.problems) * cfg.rejection_samples)
+            seconds = (cfg.max_seconds or 0) or counts.get(cfg.stage, judged) * (seconds_each or 0)
+            told = "done" if self.summary(name) else f"{seconds / 60:.1f} min" if seconds else "? min"
+            show(f"plan      {name:20} {told:>8}   {command}")
+
+    def carry_out(self):
+        """Run what is not finished; then a table of all results, on screen and in summary.json."""
+        # One thread of a laptop takes so long; on other machines the first evaluation tells.
+        seconds_each = 0.005 if is_tiny(self.cfg.model) else None
+        self.show_plan(seconds_each)
+        for name, (cfg, before, _) in self.stages.items():
+            if self.summary(name):
+                continue
+            folder = self.run.path / name
+            if not (folder / "config.json").exists():
+                shutil.rmtree(folder, ignore_errors=True)  # killed while it began
+            if before:
+                before()
+            show(f"\n== {name}")
+            cfg = dataclasses.replace(cfg, resume=folder.exists())
+            STAGES[cfg.stage](cfg, Run(cfg, self.run.again))
+            if not seconds_each and cfg.stage == "eval":  # to sample and to learn takes three times as long
+                seconds_each = 3 * self.summary(name)["seconds"] / (cfg.eval_problems * cfg.eval_samples)
+                self.show_plan(seconds_each)
+        show(f"\n{'':22}" + "".join(f"{title:>10}" for title in RESULT_COLUMNS))
+        for name in self.stages:
+            facts = self.summary(name)
+            facts.update(facts.get("after", facts.get("before", {})))
+            row = {key: facts.get(key) for key in RESULT_COLUMNS.values()}
+            show(f"{name:22}" + "".join(f"{'-':>10}" if value is None else
+                                        f"{value:>10.{1 if value > 1 else 3}f}" for value in row.values()))
+            self.run.facts.setdefault("results", {})[name] = row
+        self.run.finish()
+
+
+def stage_r1(cfg: Config, run: "Run"):
+    """DeepSeek-R1 [R1 2.3]: cold start, reasoning RL, SFT of the base on what came of it, RL for all."""
+    if not is_tiny(cfg.model) and not (cfg.cold_start and cfg.general_data):
+        raise InputError("cold_start and general_data: outside the embedded world r1 needs both; --help says "
+                         "what is in them")
+    plan, rng = Pipeline(cfg, run), random.Random(cfg.seed)
+    cold = cfg.cold_start or plan.file("cold-start.jsonl", [
+        dataclasses.replace(p, completion=" ".join(write_completion(rng, p, CAREFUL)[:-1]))
+        for p in rng.sample(plan.problems, 200)])
+    general = cfg.general_data or plan.file("general.jsonl", general_problems())
+    mixed = run.path / "mixed.jsonl"
+    plan.shared.update(general_data=general, reward_model=cfg.reward_model, preference_steps=0)
+    if not cfg.reward_model:
+        plan.shared["reward_model"] = plan.add("0-reward-model", "reward", model=cfg.model, data=general,
+                                               eval_data=None, general_data=None, sft_epochs=8)
+
+    def mix():
+        """The examples of the third stage: reasoning, and general replies."""
+        rows = read_problems(run.path / "3-samples" / "examples.jsonl")
+        write_problems(mixed, rows + [p for p in load_problems(general) if not p.rejected])
+
+    plan.add("0-base", "eval", model=cfg.model)
+    dev1 = plan.add("1-cold-start", "sft", model=cfg.model, data=cold)
+    dev2 = plan.add("2-reasoning-rl", "zero", model=dev1, language_weight=1.0)
+    plan.add("3-samples", "sample", model=dev2)
+    dev3 = plan.add("3-sft", "sft", mix, model=cfg.model, data=str(mixed))
+    plan.add("4-all-scenarios", "zero", model=dev3, language_weight=1.0, temperature=0.7,
+             preference_steps=cfg.preference_steps or cfg.steps // 4)
+    plan.carry_out()
+
+
+def stage_distill(cfg: Config, run: "Run"):
+    """Distillation against RL [R1 2.4, 4.1]: one student four ways, (b), (c) and (d) trained equally long."""
+    if not is_tiny(cfg.model) and not (cfg.teacher and cfg.max_seconds):
+        raise InputError("teacher and max_seconds: distill needs a checkpoint to learn from, and the seconds "
+                         "for which the student is trained; give both")
+    student, budget = "tinier" if cfg.model == "tiny" else cfg.model, cfg.max_seconds or 20.0
+    plan, teacher = Pipeline(dataclasses.replace(cfg, model=student), run), cfg.teacher
+    template = TINY["template"] if not teacher or is_tiny(teacher) else cfg.template
+    if not teacher:
+        teacher = plan.add("0-teacher", "zero", model="tiny", language_weight=1.0, max_seconds=None)
+    plan.add("0-samples", "sample", model=teacher, template=template)
+    examples, endless = str(run.path / "0-samples" / "examples.jsonl"), dict(steps=10**6, eval_every=0)
+    plan.add("a-as-it-was", "eval", model=student)
+    plan.add("b-grpo", "zero", model=student, max_seconds=budget, **endless)
+    plan.add("c-distilled", "sft", model=student, data=examples, max_seconds=budget)
+    half = plan.add("d-half-distilled", "sft", model=student, data=examples, max_seconds=budget / 2)
+    plan.add("d-then-grpo", "zero", model=half, max_seconds=budget / 2, **endless)
+    plan.carry_out()
+
+
+STAGES = dict(zero=stage_zero, sft=stage_sft, reward=stage_reward, sample=stage_sample, eval=stage_eval,
+              r1=stage_r1, distill=stage_distill)
+PIPELINES = ("r1", "distill")  # typed again, they go on with what is not finished
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1995,6 +2455,11 @@ def stage_eval(cfg: Config, run: "Run"):
 def rank() -> int:
     """Number of this process among those that train together; 0 alone."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes() -> int:
+    """How many train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def wait_for_all():
@@ -2148,38 +2613,102 @@ def check_prompts(problems: list[Problem], tokenizer, cfg: Config):
                              f"{cfg.max_prompt_tokens}; raise that, or leave out {problem.question[:50]!r}")
 
 
-def prepare(cfg: Config, run: "Run"):
-    """How every stage begins, cheap checks first -> cfg, tokenizer, policy, problems, held_out, state."""
+def load_data(cfg: Config) -> tuple[list[Problem], list[Problem]]:
+    """What a stage trains on, and what it evaluates on."""
+    whole = cfg.eval_data is not None or cfg.stage in ("eval", "sample")
+    # The embedded model has words for one form of Countdown only.
+    source = "calculator" if cfg.data == "countdown" and is_tiny(cfg.model) else cfg.data
+    problems, held_out = (load_problems(path, evaluation, cfg.seed, whole) for path, evaluation in (
+        (source, False), (cfg.eval_data or source, True)))
+    wanted = {"sft": "completion", "reward": "rejected"}.get(cfg.stage)
+    if wanted:
+        problems = [problem for problem in problems if getattr(problem, wanted)]
+        if not problems:
+            raise InputError(f"data {cfg.data!r} has no row with {wanted!r}, from which {cfg.stage} learns")
+    else:
+        problems = check_data(problems, cfg)
+    if cfg.stage == "reward":
+        held_out = [problem for problem in held_out if problem.rejected]
+    return problems, check_data(held_out, cfg)[: cfg.eval_problems]
+
+
+def base_folder(name: str, seed: int) -> Path:
+    """Where an embedded base model lies, or will."""
+    return Path("runs", f"{name.replace('tiny', 'base')}-seed{seed}")
+
+
+def base_checkpoint(cfg: Config, run: "Run") -> str:
+    """The folder or name of --model; an embedded base model is made if it is not there yet."""
+    if cfg.model not in EMBEDDED:
+        return cfg.model
+    folder, began = base_folder(cfg.model, cfg.seed), time.perf_counter()
+    if rank() == 0:
+        build_base_model(folder, cfg.seed, width=EMBEDDED[cfg.model])
+    wait_for_all()
+    run.facts["base_seconds"] = time.perf_counter() - began
+    return str(folder)
+
+
+@dataclass
+class Setup:
+    """What a stage works with."""
+
+    cfg: Config
+    tokenizer: object
+    policy: object
+    problems: list[Problem]  # to train on
+    held_out: list[Problem]  # to evaluate on
+    general: list[Problem]  # without a rule, to train on
+    pairs: list[Problem]  # held-out preference pairs
+    reward_model: RewardModel | None
+    state: dict | None  # of a run to go on with
+
+    def evaluate(self) -> dict:
+        """`evaluate`, and `win_rate` where there is a judge."""
+        result = evaluate(self.policy, self.tokenizer, self.held_out, self.cfg)
+        if self.reward_model and self.pairs:
+            result["general"] = win_rate(self.policy, self.tokenizer, self.pairs, self.cfg, self.reward_model)
+        return result
+
+
+def prepare(cfg: Config, run: "Run") -> Setup:
+    """How every stage begins, cheap checks first."""
     device, dtype = pick_device(cfg)
     if is_tiny(cfg.model):
         torch.set_num_threads(1)  # its matrices are so small that waiting for a second thread costs more
-    whole = cfg.eval_data is not None or cfg.stage == "eval"
-    # The embedded model has words for one form of Countdown only.
-    source = "calculator" if cfg.data == "countdown" and is_tiny(cfg.model) else cfg.data
-    problems = check_data(load_problems(source, False, cfg.seed, whole), cfg)
-    held_out = check_data(load_problems(cfg.eval_data or source, True, cfg.seed, whole), cfg)
-    held_out = held_out[: cfg.eval_problems]
+    problems, held_out = load_data(cfg)
+    rows = [[], []]
+    if cfg.general_data:
+        rows = [load_problems(cfg.general_data, evaluation) for evaluation in (False, True)]
+        if any(problem.task not in GENERAL for problem in rows[0] + rows[1]):
+            raise InputError(f"general_data {cfg.general_data!r}: every row must have the task helpful or "
+                             f"harmless")
+    if bool(cfg.general_data) < (cfg.preference_steps > 0 or cfg.reward_model is not None):
+        raise InputError("general_data is None; reward_model and preference_steps need it")
+    if cfg.preference_steps and not cfg.reward_model:
+        raise InputError("reward_model is None; preference_steps needs one, --stage reward trains it")
+    general = list({problem.question: problem for problem in rows[0]}.values())
+    pairs = [problem for problem in rows[1] if problem.rejected][: cfg.eval_problems]
     folder, state = run.load() if cfg.resume else (None, None)
-    run.facts["base_seconds"] = 0.0
     if state:
         run.facts = state["facts"]
-    elif cfg.model == "tiny":
-        folder, began = Path("runs", f"base-seed{cfg.seed}"), time.perf_counter()
-        if rank() == 0:
-            build_base_model(folder, cfg.seed)
-        wait_for_all()
-        run.facts["base_seconds"] = time.perf_counter() - began
-    path = str(folder or cfg.model)
+    path = str(folder or base_checkpoint(cfg, run))
     tokenizer = load_tokenizer(path)
-    check_prompts(problems + held_out, tokenizer, cfg)
+    check_prompts(problems + held_out + general + pairs, tokenizer, cfg)
     cfg = plan_memory(cfg, path, device, dtype)
-    policy, prompt = load_model(path, device, dtype), render_prompt(tokenizer, problems[0].question, cfg)
-    stops = {i: tokenizer.decode([i]) for i in sorted(stop_token_ids(policy, tokenizer))}
+    policy = judge = None
+    if cfg.stage == "reward":
+        judge = RewardModel(path, cfg, device, dtype)
+    else:
+        policy = load_model(path, device, dtype)
+        judge = RewardModel(cfg.reward_model, cfg, device, dtype) if cfg.reward_model else None
     run.create()
     training = f"{len(problems):,} problems to train on, " * (cfg.stage != "eval")
-    show(f"data      {source}: {training}{len(held_out):,} to evaluate on")
+    show(f"data      {cfg.data}: {training}{len(held_out):,} to evaluate on")
+    prompt = render_prompt(tokenizer, problems[0].question, cfg)
+    stops = {i: tokenizer.decode([i]) for i in sorted(stop_token_ids(policy or judge.model, tokenizer))}
     show(f"prompt    {prompt!r}, its last ids {encode_prompt(tokenizer, prompt)[-5:]}; stop tokens {stops}")
-    return cfg, tokenizer, policy, problems, held_out, state
+    return Setup(cfg, tokenizer, policy, problems, held_out, general, pairs, judge, state)
 
 
 def sparkline(values: list[float], width: int = 50) -> str:
@@ -2227,14 +2756,25 @@ def step_line(metrics: dict | None) -> str:
                     for title, name, width, form in STEP_COLUMNS)
 
 
+def saved_settings(cfg: Config) -> dict:
+    """What config.json holds."""
+    return dataclasses.asdict(dataclasses.replace(cfg, resume=False, output_dir=None))
+
+
 def run_folder(cfg) -> Path:
-    """output_dir; else the first free of runs/STAGE, runs/STAGE-2, …; to resume, the last that is taken."""
+    """output_dir; else the first free of runs/STAGE, runs/STAGE-2, …; to resume, the last that is taken.
+
+    A pipeline takes the folder that has its settings: typed again, it goes on.
+    """
     if cfg.output_dir:
         return Path(cfg.output_dir)
     folders = (Path("runs", cfg.stage if n == 1 else f"{cfg.stage}-{n}") for n in itertools.count(1))
     last = None
     while (folder := next(folders)).exists():
         last = folder
+        pipeline = cfg.stage in PIPELINES and not cfg.resume
+        if pipeline and read_json(folder / "config.json") == saved_settings(cfg):
+            return folder
     return last if cfg.resume and last else folder
 
 
@@ -2245,13 +2785,16 @@ class Run:
     resume from; best/ and final/, ordinary transformers checkpoints.
     """
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, again: str = ""):
         self.cfg, self.path, self.elapsed, self.stopped_by, self.lines = cfg, run_folder(cfg), 0.0, 0, 0
         self.metrics, self.facts = [], {}  # what metrics.jsonl and summary.json hold
-        settings = dataclasses.asdict(dataclasses.replace(cfg, resume=False, output_dir=None))
-        saved = read_json(self.path / "config.json")
-        changed = [name for name, value in settings.items()
-                   if name not in MAY_CHANGE and value != (saved or {}).get(name)]
+        self.again = again or f"python grpo.py --resume --output_dir {self.path}"
+        settings, saved = saved_settings(cfg), read_json(self.path / "config.json")
+        pipeline = cfg.stage in PIPELINES
+        changed = [name for name, value in settings.items() if value != (saved or {}).get(name)
+                   and name not in MAY_CHANGE[pipeline:]]
+        if pipeline and saved and not changed:
+            cfg = dataclasses.replace(cfg, resume=True)
         if cfg.resume and not saved:
             raise InputError(f"output_dir {str(self.path)!r} holds no run to resume")
         if cfg.resume and changed:
@@ -2327,14 +2870,19 @@ class Run:
         columns = {name: self.facts[name] for name in ("before", "after") if name in self.facts}
         summary = dict(stage=cfg.stage, model=cfg.model, data=cfg.data, seed=cfg.seed, seconds=self.seconds())
         self.write("summary.json", json.dumps({**summary, **self.facts}, indent=2) + "\n")
+        told = ", ".join(f"{name} {fact:.3f}" if isinstance(fact, float) else f"{name} {fact}"
+                         for name, fact in self.facts.items() if not name.endswith("seconds")
+                         and (name == "fates" or not isinstance(fact, dict)))
+        show("\n" * bool(told) + told)
 
         def cell(value):
             values = value if isinstance(value, list) else [value]
             return f"{' - '.join(f'{v:.3f}' if isinstance(v, float) else str(v) for v in values):>16}"
 
         titles = columns if "after" in columns else ["result"]
-        show(f"\n{'held-out problems':20}" + "".join(f"{name:>16}" for name in titles))
-        for name in self.facts["before"]:
+        if columns:
+            show(f"\n{'held-out problems':20}" + "".join(f"{name:>16}" for name in titles))
+        for name in self.facts.get("before", ()):
             show(f"{name:20}" + "".join(cell(column[name]) for column in columns.values()))
         for name in ("accuracy", "mean_tokens", "reflection", "entropy") if self.metrics else ():
             values = [v for row in self.metrics if (v := row[name]) is not None and math.isfinite(v)]
@@ -2361,10 +2909,6 @@ class Run:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
 
-    def resume_command(self) -> str:
-        """What to type to go on."""
-        return f"python grpo.py --resume --output_dir {self.path}"
-
     def save(self, model, tokenizer, state: dict):
         """A checkpoint to resume from; the two last are kept."""
         folder = self.path / "checkpoint" / f"step-{state['step']:06d}"
@@ -2373,7 +2917,7 @@ class Run:
         except Exception as error:  # OSError, and what safetensors and torch make of a full disk
             reason = str(error).splitlines()[0]
             raise RunError(f"the checkpoint of step {state['step']} could not be saved ({reason}); those "
-                           f"before are whole: free some space, then {self.resume_command()}") from None
+                           f"before are whole: free some space, then {self.again}") from None
         for old in sorted(folder.parent.glob("step-*"))[:-2]:
             shutil.rmtree(old)
 
@@ -2425,7 +2969,8 @@ def save_model(model, tokenizer, folder: Path, state: dict | None = None):
     temporary = folder.with_name(f"writing-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model.generation_config.eos_token_id = sorted(stop_token_ids(model, tokenizer))
+        if model.can_generate():
+            model.generation_config.eos_token_id = sorted(stop_token_ids(model, tokenizer))
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         if state:
@@ -2444,16 +2989,18 @@ def save_model(model, tokenizer, folder: Path, state: dict | None = None):
 def main(argv: list[str] | None = None) -> int:
     """The command line -> 0, 1 (it cannot go on), 2 (bad input); exits with 130 or 143 when stopped."""
     transformers.utils.logging.disable_progress_bar()  # it would show one for every file
+    transformers.utils.logging.set_verbosity_error()  # a classifier's new head is no news
     try:
         cfg = parse_args(sys.argv[1:] if argv is None else argv)
         if "LOCAL_RANK" in os.environ and not dist.is_initialized():  # started by torchrun
             dist.init_process_group("nccl" if torch.cuda.is_available() and cfg.device != "cpu" else "gloo")
-        processes = dist.get_world_size() if dist.is_initialized() else 1
-        if cfg.prompts_per_step * cfg.group_size % (processes * cfg.updates_per_rollout) or (
-                cfg.prompts_per_step % processes):
-            raise InputError(f"prompts_per_step is {cfg.prompts_per_step}; each of {processes} processes "
+        if cfg.prompts_per_step * cfg.group_size % (processes() * cfg.updates_per_rollout) or (
+                cfg.prompts_per_step % processes()):
+            raise InputError(f"prompts_per_step is {cfg.prompts_per_step}; each of {processes()} processes "
                              f"must get the same number, and updates_per_rollout divide its completions")
-        {"zero": stage_zero, "eval": stage_eval}[cfg.stage](cfg, Run(cfg))
+        if processes() > 1 and cfg.stage not in ("zero", "sft", "eval"):
+            raise InputError(f"stage {cfg.stage} runs in one process; start it without torchrun")
+        STAGES[cfg.stage](cfg, Run(cfg))
         return 0
     except KeyboardInterrupt:
         return 130

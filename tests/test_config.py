@@ -237,7 +237,7 @@ def test_a_file_without_problems_or_without_utf8_is_named(tmp_path):
 )
 def test_a_good_line_is_read(row, expected, tmp_path):
     (problem,) = read_problems(write(tmp_path, json.dumps(row, ensure_ascii=False)))
-    assert dataclasses.astuple(problem) == expected
+    assert dataclasses.astuple(problem)[:5] == expected
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):

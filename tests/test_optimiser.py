@@ -348,7 +348,7 @@ PROBLEMS = [Problem("What is 3 + 4?", "7"), Problem("What is 4 + 4?", "8"), Prob
 def small_ids_are_good(monkeypatch):
     """The reward is a rule that a random model can learn in no time: small ids."""
 
-    def score(rollout, batch, cfg):
+    def score(rollout, batch, cfg, reward_model=None):
         completion = (rollout.ids < 150) & (
             torch.arange(rollout.ids.shape[1]) >= rollout.prompt_tokens[:, None]
         )
