@@ -1,10 +1,14 @@
-"""grpo.py: DeepSeek-R1-Zero in one readable file.
+"""grpo.py: how DeepSeek-R1 was made, in one readable file.
 
 R1-Zero takes a base model, samples a group of completions for every problem, rewards each by rule, and makes
-what did better than its group more likely. No reasoning is ever shown to it, and it learns to reason.
+what did better than its group more likely. No reasoning is ever shown to it, and it learns to reason. R1 puts
+a few good examples before that and, after it, supervised training on the best of what came out and one more
+round of reinforcement, for everything. Distillation hands the result on to a smaller model.
 
-    python grpo.py                                             # a laptop, no GPU, no network: minutes
-    python grpo.py --model Qwen/Qwen2.5-0.5B --data gsm8k      # one CUDA GPU
+    python grpo.py                                             # R1-Zero: laptop, no GPU, no network, minutes
+    python grpo.py --stage r1                                  # the four stages of R1, likewise
+    python grpo.py --stage distill                             # a student taught against a student trained
+    python grpo.py --model Qwen/Qwen2.5-0.5B --data gsm8k      # R1-Zero on one CUDA GPU
     python grpo.py --help                                      # every setting, its unit, the paper's value
 
 It reads from top to bottom: problems, base model, rewards, sampling, log-probabilities, advantages and loss,
@@ -26,6 +30,10 @@ Departures from the paper, all of them:
     6. Stated nowhere, chosen here: Adam's betas (0.9, 0.95), no weight decay, gradients clipped to norm 1,
        a short warm-up, sums in float32 over bfloat16 weights.
     7. The embedded model's run has no reference model (β = 0); the preset for larger models has β = 0.001.
+    8. Rules alone filter the samples of the third stage; in the paper a model judges where rules cannot.
+    9. One reward model for helpfulness and harmlessness, from preference pairs, begun from the base; [N] has
+       one each, the second from labels. Half of the questions of the last steps are general ones.
+   10. In the embedded world programs write the first examples and the general replies, not people and models.
 
 Dimension names: batch = prompts x group_size, the completions of a prompt side by side; completion = sampled
 tokens, padded on the right; length = prompt + completion, padded on the right; tokens = without any padding.
@@ -606,7 +614,7 @@ def build_tokenizer(folder) -> PreTrainedTokenizerFast:
 
 
 def new_tiny_model(width: int = 64):
-    """An untrained model; of 192,000 weights, with half the width of 84,000."""
+    """An untrained model of 192,000 weights; of half the width, 59,000."""
     # Qwen3, not Qwen2: beside a Qwen2 transformers 5 takes any tokenizer for Qwen's own.
     model = AutoModelForCausalLM.from_config(Qwen3Config(
         vocab_size=len(VOCABULARY), hidden_size=width, intermediate_size=6 * width, num_hidden_layers=2,
@@ -1350,9 +1358,16 @@ def judged_part(completion: str, problem: Problem) -> str:
 class RewardModel:
     """A preference reward from any sequence classifier with one label, in the place where rules end."""
 
-    def __init__(self, path: str, cfg: Config, device, dtype):
+    def __init__(self, path: str, cfg: Config, device, dtype, untrained: bool = False):
         self.cfg, self.tokenizer = cfg, load_tokenizer(path)
-        self.model = load_pretrained(AutoModelForSequenceClassification, path, num_labels=1, dtype=dtype)
+        try:
+            self.model, loading = load_pretrained(AutoModelForSequenceClassification, path, num_labels=1,
+                                                  dtype=dtype, output_loading_info=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InputError(f"reward_model {path!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+        if loading["missing_keys"] and not untrained:  # transformers would judge by random weights
+            raise InputError(f"reward_model {path!r} is no classifier with one label: it lacks "
+                             f"{', '.join(sorted(loading['missing_keys']))}; --stage reward trains one")
         self.model.to(device).eval()
         pad = self.tokenizer.pad_token_id
         self.model.config.pad_token_id = self.tokenizer.eos_token_id if pad is None else pad
@@ -2642,10 +2657,12 @@ def base_checkpoint(cfg: Config, run: "Run") -> str:
     if cfg.model not in EMBEDDED:
         return cfg.model
     folder, began = base_folder(cfg.model, cfg.seed), time.perf_counter()
-    if rank() == 0:
-        build_base_model(folder, cfg.seed, width=EMBEDDED[cfg.model])
-    wait_for_all()
-    run.facts["base_seconds"] = time.perf_counter() - began
+    if not folder.exists():
+        wait_for_all()  # all have looked
+        if rank() == 0:
+            build_base_model(folder, cfg.seed, width=EMBEDDED[cfg.model])
+        wait_for_all()
+        run.facts["base_seconds"] = time.perf_counter() - began
     return str(folder)
 
 
@@ -2698,7 +2715,7 @@ def prepare(cfg: Config, run: "Run") -> Setup:
     cfg = plan_memory(cfg, path, device, dtype)
     policy = judge = None
     if cfg.stage == "reward":
-        judge = RewardModel(path, cfg, device, dtype)
+        judge = RewardModel(path, cfg, device, dtype, untrained=True)
     else:
         policy = load_model(path, device, dtype)
         judge = RewardModel(cfg.reward_model, cfg, device, dtype) if cfg.reward_model else None
