@@ -1364,7 +1364,8 @@ class RewardModel:
             self.model, loading = load_pretrained(AutoModelForSequenceClassification, path, num_labels=1,
                                                   dtype=dtype, output_loading_info=True)
         except (OSError, ValueError, RuntimeError) as error:
-            raise InputError(f"reward_model {path!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+            reason = str(error).splitlines()[0]
+            raise InputError(f"reward_model {path!r} cannot be loaded: {reason}") from None
         if loading["missing_keys"] and not untrained:  # transformers would judge by random weights
             raise InputError(f"reward_model {path!r} is no classifier with one label: it lacks "
                              f"{', '.join(sorted(loading['missing_keys']))}; --stage reward trains one")
@@ -1741,7 +1742,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, completion_mask,
     """-[R1 Eq. 1], token by token: the weighted sum of β KL - min(ρ A, clip(ρ, 1-ε, 1+ε) A).
 
     All (batch, completion) but advantages, (batch,); weights as from `loss_weights`, by default its default.
-    -> the loss, and sums over tokens of kl, clipped (the clip cuts the gradient), ratio, and tokens.
+    -> the loss, and sums over tokens of kl, clipped (the clip cuts the gradient), ratio, tokens; and max_kl.
     """
     weights = loss_weights(completion_mask) if weights is None else weights
     # Log-ratios are zeroed in the padding before exp: after it, 0 x inf would be NaN in the backward pass.
@@ -1756,7 +1757,8 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, completion_mask,
     loss = (weights * (kl_coef * kl - surrogate)).sum()
     clipped = completion_mask & (surrogate < ratio * advantages[:, None])
     sums = dict(kl=kl, clipped=clipped, ratio=ratio * completion_mask, tokens=completion_mask)
-    return loss, {name: float(value.detach().sum()) for name, value in sums.items()}
+    stats = {name: float(value.detach().sum()) for name, value in sums.items()}
+    return loss, {**stats, "max_kl": float(kl.detach().max())}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1776,6 +1778,7 @@ class MasterAdamW:
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.weights]
         self.adamw = torch.optim.AdamW(self.masters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0,
                                        fused=model.device.type == "cuda")
+        self.moved = 1.0  # share of the weights that the last step changed, after rounding
 
     def state_dict(self) -> dict:
         """AdamW's state, and the masters where they are not the weights themselves."""
@@ -1808,8 +1811,9 @@ class MasterAdamW:
         if math.isfinite(norm):
             self.adamw.param_groups[0]["lr"] = learning_rate
             self.adamw.step()
-            for weight, master in self.rounded():
-                weight.copy_(master)  # in place: CUDA graphs read the weights where they lie
+            moved = [(weight.copy_(master) != was).sum() for weight, master in self.rounded()
+                     for was in [weight.clone()]]  # copied in place: CUDA graphs read weights where they lie
+            self.moved = float(sum(moved)) / sum(w.numel() for w, _ in self.rounded()) if moved else 1.0
         self.adamw.zero_grad()
         return norm
 
@@ -1933,9 +1937,9 @@ def update_policy(policy, optimizer: MasterAdamW, rollout: Rollout, cfg: Config,
         gap = (logprobs.detach() - part.sample_logprobs).abs()[part.completion_mask].sum()
         stats.update(loss=loss.item(), entropy=entropy.sum().item(), sampler_gap=gap.item(),
                      all_tokens=int(part.completion_tokens.sum()))
-        sums = {name: sums.get(name, 0.0) + value for name, value in stats.items()}
-    sums["grad_norm"] = optimizer.step(learning_rate, cfg.max_grad_norm)
-    return sums
+        max_kl = max(sums.pop("max_kl", 0.0), stats.pop("max_kl"))
+        sums = {name: sums.get(name, 0.0) + value for name, value in stats.items()} | {"max_kl": max_kl}
+    return {**sums, "grad_norm": optimizer.step(learning_rate, cfg.max_grad_norm), "moved": optimizer.moved}
 
 
 def peak_gb(device: torch.device) -> float:
@@ -2034,8 +2038,9 @@ def step_metrics(step, rollout, rewards, parts, outcomes, updates, sample_second
         dead_groups=mean(rewards.amax(1) - rewards.amin(1) < 1e-6),
         reflection=mean(bool(REFLECTION.search(text)) for text in rollout.texts),
         loss=mean(u["loss"] for u in updates), grad_norm=mean(u["grad_norm"] for u in updates),
-        kl=total["kl"] / in_loss, ratio=total["ratio"] / in_loss, clip_fraction=total["clipped"] / in_loss,
-        entropy=total["entropy"] / all_tokens,
+        kl=total["kl"] / in_loss, max_kl=max(u["max_kl"] for u in updates),
+        moved=mean(u["moved"] for u in updates), ratio=total["ratio"] / in_loss,
+        clip_fraction=total["clipped"] / in_loss, entropy=total["entropy"] / all_tokens,
         sampler_gap=updates[0]["sampler_gap"] / max(1, updates[0]["all_tokens"]),
         outcomes=dict(outcomes), sample_seconds=sample_seconds, update_seconds=update_seconds,
         sample_tokens_per_second=tokens / sample_seconds, update_tokens_per_second=tokens / update_seconds)

@@ -419,3 +419,14 @@ def test_bandit_from_rewards_to_probabilities():
     assert stats["clipped"] == 4 and gradient.tolist() == [0, 0, 0]
     close(stats["ratio"] / 4, (1.542628 + 0.728686) / 2, 1e-4)
     close(-loss.item(), 0.2, 1e-4)
+
+
+def test_the_largest_kl_is_that_of_one_token():
+    logprobs, ref = torch.tensor([[-1.0, -0.5, -2.0]]), torch.tensor([[-1.3, -0.5, -1.5]])
+    mask = torch.tensor([[True, True, True]])
+    _, stats = grpo_loss(logprobs, logprobs, ref, torch.zeros(1), mask, kl_coef=0.1)
+    assert stats["max_kl"] == pytest.approx(0.148721, abs=1e-6)
+    _, stats = grpo_loss(
+        logprobs, logprobs, ref, torch.zeros(1), mask & torch.tensor([[True, True, False]]), kl_coef=0.1
+    )
+    assert stats["max_kl"] == pytest.approx(0.040818, abs=1e-6)

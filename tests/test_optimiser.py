@@ -64,6 +64,8 @@ def same(before, after):
 class Keep:
     """An optimizer that only looks at the gradient."""
 
+    moved = 0.0
+
     def __init__(self, model):
         self.model = model
 
@@ -113,6 +115,14 @@ def test_small_steps_add_up_under_bfloat16_weights(make_model, random_rollout):
         torch.equal(weight, master.bfloat16())
         for weight, master in zip(model.parameters(), optimizer.masters)
     )
+
+
+def test_the_share_of_weights_that_moved_is_what_survives_rounding():
+    model = Weights([0.02, 0.0002], dtype=torch.bfloat16)
+    optimizer = MasterAdamW(model, 1e-6)
+    sum(value.sum() for value in model.values).backward()
+    optimizer.step(1e-6, 10.0)
+    assert optimizer.moved == 0.5
 
 
 def test_many_small_steps_move_a_bfloat16_weight():
