@@ -1728,6 +1728,8 @@ def loss_weights(completion_mask, average: str = "sequence", max_completion_toke
     sequence: 1 / (B |o_i|) [GRPO]; token: 1 / Σ|o_i| [DAPO]; constant: 1 / (B L_max) [DrGRPO], where B counts
     the completions with a token in the mask. Of the whole update, so that micro-batches change nothing.
     """
+    if average == "constant" and not max_completion_tokens:
+        raise ValueError("the constant average needs max_completion_tokens")
     mask = completion_mask.float()
     tokens = mask.sum(1, keepdim=True)
     completions = sum_over_ranks((tokens > 0).sum()).clamp(min=1)
@@ -2419,7 +2421,7 @@ def stage_r1(cfg: Config, run: "Run"):
     plan, rng = Pipeline(cfg, run), random.Random(cfg.seed)
     cold = cfg.cold_start or plan.file("cold-start.jsonl", [
         dataclasses.replace(p, completion=" ".join(write_completion(rng, p, CAREFUL)[:-1]))
-        for p in rng.sample(plan.problems, 200)])
+        for p in rng.sample(calculator_problems(), 200)])
     general = cfg.general_data or plan.file("general.jsonl", general_problems())
     mixed = run.path / "mixed.jsonl"
     plan.shared.update(general_data=general, reward_model=cfg.reward_model, preference_steps=0)
@@ -2753,7 +2755,7 @@ def doctor(m: dict, cfg: Config) -> list[str]:
         (m["clip_fraction"] > 0.3, f"the clip stops {m['clip_fraction']:.0%} of tokens: lower learning_rate"),
         (m["kl"] > 1, f"a KL of {m['kl']:.1f} nats a token from the reference: lower learning_rate"),
         (m["entropy"] < 0.02, f"an entropy of {m['entropy']:.3f} nats: completions hardly differ any more"),
-        (m["sampler_gap"] > 0.1, f"log-probabilities {m['sampler_gap']:.2f} nats from those at sampling "
+        (m["sampler_gap"] > 0.05, f"log-probabilities {m['sampler_gap']:.2f} nats from those at sampling "
          "before any update: sampling and training disagree"),
         (not math.isfinite(m["grad_norm"]), "the gradient is not finite: this update was left out"),
         (m["outcomes"].get("unparsable", 0) > 0.2 * sum(m["outcomes"].values()),
@@ -2814,7 +2816,7 @@ class Run:
         settings, saved = saved_settings(cfg), read_json(self.path / "config.json")
         pipeline = cfg.stage in PIPELINES
         changed = [name for name, value in settings.items() if value != (saved or {}).get(name)
-                   and name not in MAY_CHANGE[pipeline:]]
+                   and name not in MAY_CHANGE[pipeline:]]  # a pipeline's steps are its stages' for good
         if pipeline and saved and not changed:
             cfg = dataclasses.replace(cfg, resume=True)
         if cfg.resume and not saved:
