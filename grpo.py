@@ -142,13 +142,15 @@ class Config:
         None, "classifier with one label that judges general_data; r1 trains one if there is none")
     preference_steps: int = setting(
         0, "last steps of zero in which half of the questions are general_data's", "400 of 1,700")
-    teacher: str | None = setting(None, "checkpoint that distill learns from; the student is --model")
+    teacher: str | None = setting(None, "checkpoint that distill learns from; the student is --model, and "
+                                  "tinier where that is tiny")
 
     # sampling from π_old
     prompts_per_step: int = setting(32, "questions in one step", "512, in 16 updates of 32")
     group_size: int = setting(8, "G, completions of each question", "16")
     max_completion_tokens: int = setting(768, "longest completion, tokens", "32,768, then 65,536")
-    temperature: float = setting(1.0, "T of sampling and of every log-probability", "1")
+    temperature: float = setting(1.0, "T of sampling and of every log-probability; 0.7 in r1's last stage",
+                                 "1; R1's last stage 0.7")
     max_rows: int | None = setting(None, "completions sampled at once; default: as many as memory holds")
     compile: bool = setting(False, "torch.compile the decoding step: a slow start, then faster on a GPU")
 
@@ -229,7 +231,22 @@ class Config:
         if rows % self.updates_per_rollout:
             raise InputError(f"updates_per_rollout is {self.updates_per_rollout}; it must divide the {rows} "
                              f"completions of a step (prompts_per_step x group_size)")
-        if self.max_rows is not None and self.max_rows < (group := max(self.group_size, self.eval_samples)):
+        if self.chat_template and self.model in EMBEDDED:
+            raise InputError(f"chat_template is True, but the model {self.model} has none; leave it out")
+        for name, stage in (("cold_start", "r1"), ("teacher", "distill")):
+            if getattr(self, name) and self.stage != stage:
+                raise InputError(f"{name} is {getattr(self, name)!r}; it is for stage {stage}, not "
+                                 f"{self.stage}")
+        if self.stage != "r1":
+            if (self.reward_model or self.preference_steps) and not self.general_data:
+                raise InputError("general_data is None; reward_model and preference_steps need it")
+            if self.preference_steps and not self.reward_model:
+                raise InputError("reward_model is None; preference_steps needs one, --stage reward trains it")
+        if self.preference_steps and (self.max_seconds or self.preference_steps > self.steps):
+            raise InputError(f"preference_steps is {self.preference_steps}; these are the last of at most "
+                             f"{self.steps} steps, and with max_seconds nobody knows which are the last")
+        group = max(self.group_size, self.eval_samples, self.rejection_samples)
+        if self.max_rows is not None and self.max_rows < group:
             raise InputError(f"max_rows is {self.max_rows}; it must be at least {group}, to hold one group")
 
 
@@ -300,6 +317,12 @@ GENERAL = ("helpful", "harmless")  # tasks without a rule
 def text_hash(text: str) -> int:
     """The same number for the same text on every machine; what is held out is decided by it."""
     return int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)
+
+
+def split_key(problem: Problem) -> int:
+    """What decides on which side a problem is; another order of the same numbers does not give it away."""
+    text = f"{sorted(problem.numbers)} {problem.answer}" if problem.numbers else problem.question
+    return text_hash(text)
 
 
 def countdown_problems(count: int, seed: int = 0, evaluation: bool = False) -> list[Problem]:
@@ -375,7 +398,7 @@ def write_problems(path: Path, problems: list[Problem]):
     rows = [{name: value for name, value in vars(p).items() if value} for p in problems]
     temporary = path.with_name(path.name + ".tmp")
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    temporary.write_text("".join(lines), encoding="utf-8")
+    temporary.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")  # half an emoji
     os.replace(temporary, path)
 
 
@@ -392,10 +415,12 @@ def fetch(url: str) -> str:
     return str(path)
 
 
-def load_problems(source: str, evaluation: bool = False, seed: int = 0, whole: bool = False) -> list[Problem]:
+def load_problems(source: str, evaluation: bool = False, seed: int = 0, whole: bool = False,
+                  field: str = "data") -> list[Problem]:
     """The training problems of a data source or, with `evaluation`, its held-out ones; they do not overlap.
 
-    Of a file a tenth is held out, by hash of the question; `whole` takes all of it, for both.
+    Of a file a tenth is held out, by hash of the question; `whole` takes all of it, for both. `field` names
+    the setting in errors.
     """
     if source == "calculator":
         return calculator_problems(evaluation)
@@ -405,15 +430,15 @@ def load_problems(source: str, evaluation: bool = False, seed: int = 0, whole: b
         return read_problems(fetch(GSM8K.format(split="test" if evaluation else "train")))
     path = fetch(MATH500) if source == "math500" else source
     if not Path(path).is_file():
-        raise InputError(f"data {source!r} is neither countdown, calculator, gsm8k, math500 nor a file")
+        raise InputError(f"{field} {source!r} is neither countdown, calculator, gsm8k, math500 nor a file")
     problems = read_problems(path)
     if whole:
         return problems
-    ranks = sorted({text_hash(p.question) for p in problems})
-    if len(ranks) < 2:
+    keys = sorted({split_key(p) for p in problems})
+    if len(keys) < 2:
         raise InputError(f"{path} holds one question, too few to hold one out; give --eval_data")
-    limit = ranks[max(1, len(ranks) // 10)]
-    return [p for p in problems if (text_hash(p.question) < limit) == evaluation]
+    limit = keys[max(1, len(keys) // 10)]
+    return [p for p in problems if (split_key(p) < limit) == evaluation]
 
 
 def render_prompt(tokenizer, question: str, cfg: Config) -> str:
@@ -1352,14 +1377,18 @@ def code_reward(completion: str, problem: Problem, time_limit_seconds: float = 5
 
 def judged_part(completion: str, problem: Problem) -> str:
     """What a reward model sees: of a helpful answer its final part, for harmlessness everything [N]."""
-    return completion if problem.task == "harmless" else completion.rpartition("</think>")[2].strip()
+    _, closed, final = completion.rpartition("</think>")
+    if problem.task == "harmless":
+        return completion
+    return final.strip() if closed or "<think>" not in completion else ""  # still thinking: no answer
 
 
 class RewardModel:
     """A preference reward from any sequence classifier with one label, in the place where rules end."""
 
     def __init__(self, path: str, cfg: Config, device, dtype, untrained: bool = False):
-        self.cfg, self.tokenizer = cfg, load_tokenizer(path)
+        self.cfg, self.tokenizer = cfg, load_tokenizer(path, "reward_model")
+        torch.manual_seed(cfg.seed)  # of a head that is not there yet
         try:
             self.model, loading = load_pretrained(AutoModelForSequenceClassification, path, num_labels=1,
                                                   dtype=dtype, output_loading_info=True)
@@ -1849,8 +1878,9 @@ def over_ranks(metrics: dict) -> dict:
     parts: list[dict] = [{}] * processes()
     dist.all_gather_object(parts, metrics)
     added = {name for name in metrics if name == "loss" or name.endswith("per_second")}
-    merged = {name: sum(part[name] for part in parts) / (1 if name in added else len(parts))
-              for name, value in metrics.items() if isinstance(value, float)}
+    floats = {name for part in parts for name, value in part.items() if isinstance(value, float)}
+    held = {name: [part[name] for part in parts if name in part] for name in floats}  # some may lack a part
+    merged = {name: sum(values) / (1 if name in added else len(values)) for name, values in held.items()}
     outcomes = sum((Counter(part["outcomes"]) for part in parts), Counter())
     return {**metrics, **merged, "outcomes": dict(outcomes)}
 
@@ -1994,12 +2024,12 @@ def train_grpo(policy, tokenizer, problems, cfg: Config, after_step=None, state=
             ref_model.load_state_dict(state["ref_model"])
     unusable = 0
     for step in range(state["step"] + 1 if state else 1, cfg.steps + 1):
-        started, seed = time.perf_counter(), cfg.seed * 1_000_003 + step
+        began, seed = time.perf_counter(), cfg.seed * 1_000_003 + step
         pool = problems(step) if callable(problems) else problems
         batch = share_of_rank(batch_of_problems(pool, step, cfg))  # q ~ P(Q)
         # o_1 ... o_G ~ π_old(. | q); each process draws its own
         rollout = sample_for(policy, tokenizer, batch, cfg, cfg.group_size, seed + 10**9 * rank())
-        sample_seconds, sample_gb = time.perf_counter() - started, peak_gb(policy.device)
+        sample_seconds, sample_gb = time.perf_counter() - began, peak_gb(policy.device)
         rewards, parts, outcomes = score(rollout, batch, cfg, reward_model)
         rollout.advantages = group_advantages(rewards, cfg.scale_advantages).flatten().to(policy.device)
         started = time.perf_counter()
@@ -2018,7 +2048,8 @@ def train_grpo(policy, tokenizer, problems, cfg: Config, after_step=None, state=
         unusable = 0 if all(math.isfinite(update["grad_norm"]) for update in updates) else unusable + 1
         metrics = step_metrics(step, rollout, rewards, parts, outcomes, updates, sample_seconds,
                                time.perf_counter() - started)
-        metrics.update(sample_peak_gb=sample_gb, update_peak_gb=peak_gb(policy.device))
+        metrics.update(sample_peak_gb=sample_gb, update_peak_gb=peak_gb(policy.device),
+                       step_seconds=time.perf_counter() - began)
         metrics = over_ranks(metrics)
         get_state = lambda: dict(step=step, optimizer=optimizer.state_dict(),  # noqa: E731
                                  ref_model=ref_model.state_dict() if ref_model else None)
@@ -2073,7 +2104,7 @@ def encode_examples(tokenizer, examples: list[Problem], cfg: Config, device) -> 
 def sft_schedule(cfg: Config, count: int):
     """The batches of supervised training, (rows, learning_rate), each a shuffled part of `count` examples.
 
-    The learning rate falls along a cosine to a tenth [N]; with max_seconds, epochs go on until they are over.
+    The learning rate falls along a cosine to a tenth [N], by epochs or max_seconds, whichever end first.
     """
     began, done = time.perf_counter(), 0
     for epoch in itertools.count():
@@ -2081,12 +2112,34 @@ def sft_schedule(cfg: Config, count: int):
         for rows in torch.randperm(count, generator=generator).split(cfg.sft_batch_size):
             progress = done / count / cfg.sft_epochs
             if cfg.max_seconds:
-                progress = max_over_ranks(time.perf_counter() - began) / cfg.max_seconds
-            if progress >= 1:
+                progress = max(progress, max_over_ranks(time.perf_counter() - began) / cfg.max_seconds)
+            if progress >= 1 and done:
                 return
             done += len(rows)
             if len(rows) >= processes():
                 yield rows, cfg.sft_learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+def fit(model, cfg: Config, count: int, batch_loss) -> list[float]:
+    """The loop of supervised training, in place -> the loss of every update.
+
+    batch_loss(rows) gives the losses of an update micro-batch by micro-batch; together they are its loss.
+    """
+    optimizer, losses = MasterAdamW(model, cfg.sft_learning_rate), []
+    recompute_activations(model, cfg)
+    model.train()
+    for rows, learning_rate in tqdm(sft_schedule(cfg, count), "supervised", delay=2, leave=False):
+        total = torch.zeros(())
+        for loss in batch_loss(rows):
+            loss.backward()
+            optimizer.accumulate()
+            total += loss.detach().cpu()
+        losses.append(float(sum_over_ranks(total.to(model.device))))
+        if not math.isfinite(losses[-1]):
+            raise RunError(f"the loss of update {len(losses)} is not finite; lower sft_learning_rate")
+        optimizer.step(learning_rate, cfg.max_grad_norm)
+    model.eval()
+    return losses
 
 
 def train_sft(policy, tokenizer, examples: list[Problem], cfg: Config) -> list[float]:
@@ -2095,25 +2148,16 @@ def train_sft(policy, tokenizer, examples: list[Problem], cfg: Config) -> list[f
     -log π of the tokens of the examples' completions, the end token too, a mean over those of the update.
     Prompts are given, not learned.
     """
-    optimizer, losses = MasterAdamW(policy, cfg.sft_learning_rate), []
     data = encode_examples(tokenizer, examples, cfg, policy.device)
-    recompute_activations(policy, cfg)
-    policy.train()
-    schedule = tqdm(sft_schedule(cfg, len(data.texts)), "supervised", delay=2, leave=False)
-    for rows, learning_rate in schedule:
+
+    def batch_loss(rows):
         batch = data.select(share_of_rank(rows.to(policy.device)))
-        weights, loss_sum = loss_weights(batch.completion_mask, "token"), 0.0
+        weights = loss_weights(batch.completion_mask, "token")
         for part in micro_batches(batch, cfg.micro_batch_tokens):
             logprobs = token_logprobs(policy, batch.select(part), 1.0, cfg.logits_chunk_tokens)
-            loss = -(weights[part, : logprobs.shape[1]] * logprobs).sum()
-            loss.backward()
-            optimizer.accumulate()
-            loss_sum += loss.item()
-        optimizer.step(learning_rate, cfg.max_grad_norm)
-        losses.append(loss_sum)
-        if not math.isfinite(loss_sum):
-            raise RunError(f"the loss of update {len(losses)} is not finite; lower sft_learning_rate")
-    return losses
+            yield -(weights[part, : logprobs.shape[1]] * logprobs).sum()
+
+    return fit(policy, cfg, len(data.texts), batch_loss)
 
 
 def bradley_terry_loss(chosen, rejected):
@@ -2123,23 +2167,16 @@ def bradley_terry_loss(chosen, rejected):
 
 def train_reward_model(reward_model: RewardModel, pairs: list[Problem], cfg: Config) -> list[float]:
     """Fit a reward model to preferences [R1 2.3.4, N] in place -> the loss of every update."""
-    optimizer, losses = MasterAdamW(reward_model.model, cfg.sft_learning_rate), []
-    chosen, rejected = ([reward_model.encode(getattr(pair, name), pair) for pair in pairs]
-                        for name in ("completion", "rejected"))
-    reward_model.model.train()
-    schedule = tqdm(sft_schedule(cfg, len(pairs)), "preferences", delay=2, leave=False)
-    for rows, learning_rate in schedule:
-        losses.append(0.0)
-        both = [(chosen[row], rejected[row]) for row in rows]
+    encoded = [[reward_model.encode(text, pair) for text in (pair.completion, pair.rejected)]
+               for pair in pairs]
+
+    def batch_loss(rows):
+        both = [encoded[row] for row in rows]
         for part in pack([max(map(len, pair)) for pair in both], cfg.micro_batch_tokens // 2):
             scores = reward_model.scores([both[i][side] for side in (0, 1) for i in part])
-            loss = bradley_terry_loss(*scores.chunk(2)) * (len(part) / len(rows))
-            loss.backward()
-            optimizer.accumulate()
-            losses[-1] += loss.item()
-        optimizer.step(learning_rate, cfg.max_grad_norm)
-    reward_model.model.eval()
-    return losses
+            yield bradley_terry_loss(*scores.chunk(2)) * (len(part) / len(rows))
+
+    return fit(reward_model.model, cfg, len(pairs), batch_loss)
 
 
 def fault(completion: str, truncated: bool, problem: Problem, cfg: Config) -> str:
@@ -2197,6 +2234,7 @@ def confidence_interval(values: list[float]) -> list[float]:
     """95 % interval of a mean, from one value a problem: its samples are no independent evidence."""
     m, n = mean(values), len(values)
     half_width = 1.96 * (sum((v - m) ** 2 for v in values) / max(1, n - 1) / n) ** 0.5 if n > 1 else 1.0
+    half_width = half_width or 3 / n  # all alike: the rule of three
     return [max(0.0, m - half_width), min(1.0, m + half_width)]
 
 
@@ -2257,10 +2295,11 @@ def stage_zero(cfg: Config, run: "Run"):
     if not state:
         run.facts["before"] = setup.evaluate()
         run.log_evaluation(0, run.facts["before"])
-    elif state["step"] == cfg.steps and (run.path / "summary.json").exists():
+    elif (run.path / "summary.json").exists() and (cfg.max_seconds or state["step"] == cfg.steps):
         return show(f"{run.path} is finished; give more --steps to go on with it")
-    mixed = setup.problems + setup.general * max(1, len(setup.problems) // max(1, len(setup.general)))
-    began = time.perf_counter() - run.facts.get("train_seconds", 0.0)
+    length = max(len(setup.problems), len(setup.general))
+    mixed = [problem for pool in (setup.problems, setup.general)  # half and half
+             for problem in itertools.islice(itertools.cycle(pool), length)]
     bar = tqdm(total=None if cfg.max_seconds else cfg.steps, initial=state["step"] if state else 0,
                desc="GRPO", disable=rank() > 0 or None)
 
@@ -2272,7 +2311,7 @@ def stage_zero(cfg: Config, run: "Run"):
             if run.log_evaluation(step, setup.evaluate()) and rank() == 0:
                 save_model(policy, tokenizer, run.path / "best")
         run.stopped_by = max_over_ranks(run.stopped_by)
-        run.facts["train_seconds"] = time.perf_counter() - began
+        run.facts["train_seconds"] = run.facts.get("train_seconds", 0.0) + metrics["step_seconds"]
         over = max_over_ranks(run.facts["train_seconds"] >= (cfg.max_seconds or math.inf))
         if (run.stopped_by or over or step % cfg.save_every == 0 or step == cfg.steps) and rank() == 0:
             run.save(policy, tokenizer, get_state())
@@ -2345,24 +2384,30 @@ class Pipeline:
     """A plan of stages, each carried out in its own folder below that of the run; finished ones are kept."""
 
     def __init__(self, cfg: Config, run: "Run"):
-        """Writes what all stages share: problems to train on, others to evaluate on."""
-        self.cfg, self.run, self.stages = cfg, run, {}
-        self.problems, held_out = load_data(cfg)
-        run.create()
+        """Looks at all that is named by the settings, before anything is written or takes long."""
+        pick_device(cfg)
+        for field in ("model", "teacher", "reward_model"):
+            if (path := getattr(cfg, field)) and path not in EMBEDDED:
+                load_tokenizer(path, field)
+        if cfg.cold_start:
+            load_problems(cfg.cold_start, whole=True, field="cold_start")
+        load_general(cfg)
+        self.cfg, self.run, self.stages, self.files = cfg, run, {}, {}
+        self.problems, held_out = load_data(cfg)  # to train on, and to evaluate on: for all stages
         self.shared = dict(data=self.file("problems.jsonl", self.problems),
-                           eval_data=self.file("held-out.jsonl", held_out))
+                           eval_data=self.file("held-out.jsonl", held_out), cold_start=None, teacher=None)
 
     def file(self, name: str, problems: list[Problem]) -> str:
-        """The path of a file of problems, which is written if it is not there."""
-        if not (path := self.run.path / name).exists():
-            write_problems(path, problems)
+        """The path of a file that will hold these problems."""
+        self.files[path := self.run.path / name] = problems
         return str(path)
 
     def add(self, name: str, stage: str, before=None, **changes) -> str:
         """Plan a stage; `before` is called first -> the folder of the model that it will leave."""
-        folder, changes = self.run.path / name, {**self.shared, **changes}
-        cfg = dataclasses.replace(self.cfg, stage=stage, output_dir=str(folder), resume=False, **changes)
-        told = " ".join(f"--{key} {value}" for key, value in changes.items() if key not in self.shared)
+        folder = self.run.path / name
+        cfg = dataclasses.replace(self.cfg, **{**self.shared, "stage": stage, "output_dir": str(folder),
+                                               "resume": False, **changes})
+        told = " ".join(f"--{key} {value}" for key, value in changes.items() if value is not None)
         self.stages[name] = cfg, before, f"--stage {stage} {told}"
         return str(folder / "final")
 
@@ -2372,6 +2417,8 @@ class Pipeline:
 
     def show_plan(self, seconds_each: float | None):
         """What will be done, with the minutes expected where a completion takes seconds_each."""
+        shared = " ".join(f"--{key} {value}" for key, value in self.shared.items() if value)
+        show(f"plan      all with {shared}")
         if seconds_each and not all(base_folder(name, self.cfg.seed).exists() for name in EMBEDDED
                                     if any(cfg.model == name for cfg, *_ in self.stages.values())):
             show("plan      embedded base models   2 min each")
@@ -2388,6 +2435,10 @@ class Pipeline:
         # One thread of a laptop takes so long; on other machines the first evaluation tells.
         seconds_each = 0.005 if is_tiny(self.cfg.model) else None
         self.show_plan(seconds_each)
+        self.run.create()
+        for path, problems in self.files.items():
+            if not path.exists():
+                write_problems(path, problems)
         for name, (cfg, before, _) in self.stages.items():
             if self.summary(name):
                 continue
@@ -2410,6 +2461,8 @@ class Pipeline:
             show(f"{name:22}" + "".join(f"{'-':>10}" if value is None else
                                         f"{value:>10.{1 if value > 1 else 3}f}" for value in row.values()))
             self.run.facts.setdefault("results", {})[name] = row
+        self.run.elapsed = sum(row["seconds"] for row in self.run.facts["results"].values())
+        self.run.started = time.perf_counter()
         self.run.finish()
 
 
@@ -2426,8 +2479,9 @@ def stage_r1(cfg: Config, run: "Run"):
     mixed = run.path / "mixed.jsonl"
     plan.shared.update(general_data=general, reward_model=cfg.reward_model, preference_steps=0)
     if not cfg.reward_model:
-        plan.shared["reward_model"] = plan.add("0-reward-model", "reward", model=cfg.model, data=general,
-                                               eval_data=None, general_data=None, sft_epochs=8)
+        plan.shared["reward_model"] = plan.add(
+            "0-reward-model", "reward", model=cfg.model, data=general, eval_data=None, general_data=None,
+            sft_epochs=8)
 
     def mix():
         """The examples of the third stage: reasoning, and general replies."""
@@ -2436,11 +2490,12 @@ def stage_r1(cfg: Config, run: "Run"):
 
     plan.add("0-base", "eval", model=cfg.model)
     dev1 = plan.add("1-cold-start", "sft", model=cfg.model, data=cold)
-    dev2 = plan.add("2-reasoning-rl", "zero", model=dev1, language_weight=1.0)
+    language_weight = cfg.language_weight or 1.0
+    dev2 = plan.add("2-reasoning-rl", "zero", model=dev1, language_weight=language_weight)
     plan.add("3-samples", "sample", model=dev2)
     dev3 = plan.add("3-sft", "sft", mix, model=cfg.model, data=str(mixed))
-    plan.add("4-all-scenarios", "zero", model=dev3, language_weight=1.0, temperature=0.7,
-             preference_steps=cfg.preference_steps or cfg.steps // 4)
+    plan.add("4-all-scenarios", "zero", model=dev3, language_weight=language_weight, temperature=0.7,
+             preference_steps=cfg.preference_steps or max(1, cfg.steps // 4))
     plan.carry_out()
 
 
@@ -2455,12 +2510,13 @@ def stage_distill(cfg: Config, run: "Run"):
     if not teacher:
         teacher = plan.add("0-teacher", "zero", model="tiny", language_weight=1.0, max_seconds=None)
     plan.add("0-samples", "sample", model=teacher, template=template)
-    examples, endless = str(run.path / "0-samples" / "examples.jsonl"), dict(steps=10**6, eval_every=0)
+    examples = str(run.path / "0-samples" / "examples.jsonl")
+    grpo, sft = dict(steps=10**6, eval_every=0), dict(data=examples, sft_epochs=10**6)  # time ends them
     plan.add("a-as-it-was", "eval", model=student)
-    plan.add("b-grpo", "zero", model=student, max_seconds=budget, **endless)
-    plan.add("c-distilled", "sft", model=student, data=examples, max_seconds=budget)
-    half = plan.add("d-half-distilled", "sft", model=student, data=examples, max_seconds=budget / 2)
-    plan.add("d-then-grpo", "zero", model=half, max_seconds=budget / 2, **endless)
+    plan.add("b-grpo", "zero", model=student, max_seconds=budget, **grpo)
+    plan.add("c-distilled", "sft", model=student, max_seconds=budget, **sft)
+    half = plan.add("d-half-distilled", "sft", model=student, max_seconds=budget / 2, **sft)
+    plan.add("d-then-grpo", "zero", model=half, max_seconds=budget / 2, **grpo)
     plan.carry_out()
 
 
@@ -2531,19 +2587,19 @@ def load_pretrained(kind, path: str, **settings):
     return kind.from_pretrained(path, local_files_only=local, **settings)
 
 
-def load_tokenizer(path: str):
-    """The tokenizer of a checkpoint folder or hub name."""
+def load_tokenizer(path: str, field: str = "model"):
+    """The tokenizer of a checkpoint folder or hub name; `field` names the setting in errors."""
     if "stage" in (read_json(Path(path, "config.json")) or {}):
-        raise InputError(f"model {path!r} is the folder of a run; its model is {path}/final")
+        raise InputError(f"{field} {path!r} is the folder of a run; its model is {path}/final")
     try:
         tokenizer = load_pretrained(AutoTokenizer, path)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if Path(path).exists() or hub_is_reachable() else (
             "no such folder, and the hub cannot be reached")
-        raise InputError(f"model {path!r}: no tokenizer there ({reason}); give a checkpoint folder or, with "
+        raise InputError(f"{field} {path!r}: no tokenizer there ({reason}); give a checkpoint folder or, with "
                          f"network, a name on the hub") from None
     if tokenizer.eos_token_id is None:
-        raise InputError(f"model {path!r}: its tokenizer has no end token, nothing could end; set eos_token")
+        raise InputError(f"{field} {path!r}: its tokenizer has no end token, nothing could end; set eos_token")
     return tokenizer
 
 
@@ -2579,11 +2635,14 @@ def memory_estimate(model_config, parameters: int, cfg: Config, dtype: torch.dty
     length = cfg.max_prompt_tokens + cfg.max_completion_tokens + 256  # rounded up
     use = dict(
         weights=size * parameters, masters=4 * parameters * (size < 4), moments=8 * parameters,
-        gradients=(4 + size * (size < 4)) * parameters, reference=size * parameters * (cfg.kl_coef > 0),
+        gradients=(4 + size * (size < 4)) * parameters,
+        reference=size * parameters * (cfg.stage == "zero" and cfg.kl_coef > 0),
         activations=size * cfg.micro_batch_tokens * (kept * hidden + in_layer),
         logits=16 * cfg.logits_chunk_tokens * model_config.vocab_size,  # float32, four at a time
         row=2 * size * layers * heads * length + 40 * model_config.vocab_size)  # ten where top-p sorts
-    if cfg.stage == "eval":
+    if cfg.reward_model:
+        use["judge"] = size * parameters  # if it is as large
+    if cfg.stage in ("eval", "sample"):
         use = {name: use[name] for name in ("weights", "row")}
     return {name: value / 1e9 for name, value in use.items()}
 
@@ -2601,28 +2660,28 @@ def plan_memory(cfg: Config, path: str, device, dtype) -> Config:
     free, row = torch.cuda.mem_get_info(device)[0] / 1e9, use.pop("row")
     fixed = sum(use.values())
     fit = int((0.95 * free - fixed) / row)
-    if fit < max(cfg.group_size, cfg.eval_samples):
+    if fit < max(cfg.group_size, cfg.eval_samples, cfg.rejection_samples):
         raise InputError(
             f"memory: {fixed:.1f} GB and {row:.2f} GB a completion are needed, {free:.1f} GB are free; lower "
             f"micro_batch_tokens ({cfg.micro_batch_tokens}), max_completion_tokens "
             f"({cfg.max_completion_tokens}) or group_size ({cfg.group_size}), set kl_coef 0, or take a "
             f"smaller model")
-    rows = min(cfg.max_rows or cfg.prompts_per_step * cfg.group_size, fit)
+    rows = min(cfg.max_rows or cfg.prompts_per_step * max(cfg.group_size, cfg.rejection_samples), fit)
     show("memory    " + ", ".join(f"{name} {gb:.1f}" for name, gb in use.items())
          + f", {rows} rows {rows * row:.1f}: {fixed + rows * row:.1f} of {free:.1f} GB free")
     return dataclasses.replace(cfg, max_rows=rows)
 
 
-def check_data(problems: list[Problem], cfg: Config) -> list[Problem]:
+def check_data(problems: list[Problem], cfg: Config, advice: str = "mend them") -> list[Problem]:
     """Refuse references that no answer could match, or leave them out."""
     bad = check_references(problems)
     if bad and not cfg.skip_bad_answers:
         shown = ", ".join(f"{p.answer[:40]!r} to {p.question[:40]!r}" for p in bad[:3])
         raise InputError(f"data: {len(bad)} reference answers do not verify against themselves: {shown}; "
-                         f"mend them or set --skip_bad_answers")
+                         f"{advice} or set --skip_bad_answers")
     ids = {id(problem) for problem in bad}
     if len(bad) == len(problems):
-        raise InputError("data: no problem is left; give more, or mend the reference answers")
+        raise InputError(f"data: no problem with a reference answer is left; give more, or {advice}")
     return [problem for problem in problems if id(problem) not in ids]
 
 
@@ -2636,22 +2695,40 @@ def check_prompts(problems: list[Problem], tokenizer, cfg: Config):
 
 
 def load_data(cfg: Config) -> tuple[list[Problem], list[Problem]]:
-    """What a stage trains on, and what it evaluates on."""
-    whole = cfg.eval_data is not None or cfg.stage in ("eval", "sample")
+    """What a stage trains on, and what it evaluates on; no problem is in both."""
+    whole = cfg.eval_data is not None or cfg.stage == "eval"
     # The embedded model has words for one form of Countdown only.
     source = "calculator" if cfg.data == "countdown" and is_tiny(cfg.model) else cfg.data
-    problems, held_out = (load_problems(path, evaluation, cfg.seed, whole) for path, evaluation in (
-        (source, False), (cfg.eval_data or source, True)))
-    wanted = {"sft": "completion", "reward": "rejected"}.get(cfg.stage)
-    if wanted:
-        problems = [problem for problem in problems if getattr(problem, wanted)]
-        if not problems:
-            raise InputError(f"data {cfg.data!r} has no row with {wanted!r}, from which {cfg.stage} learns")
-    else:
-        problems = check_data(problems, cfg)
+    held_out = load_problems(cfg.eval_data or source, True, cfg.seed, whole,
+                             "eval_data" if cfg.eval_data else "data")
     if cfg.stage == "reward":
         held_out = [problem for problem in held_out if problem.rejected]
-    return problems, check_data(held_out, cfg)[: cfg.eval_problems]
+    else:
+        held_out = check_data([p for p in held_out if p.task not in GENERAL], cfg, "give --eval_data")
+    if cfg.stage == "eval":
+        return held_out, held_out[: cfg.eval_problems]
+    problems, keys = load_problems(source, False, cfg.seed, whole), {split_key(p) for p in held_out}
+    apart = [problem for problem in problems if split_key(problem) not in keys]
+    if len(apart) < len(problems):
+        show(f"data      {len(problems) - len(apart)} of {len(problems)} problems are in eval_data too and left "
+             f"out")
+    wanted = {"sft": "completion", "reward": "rejected"}.get(cfg.stage, "question")
+    problems = [problem for problem in apart if getattr(problem, wanted)]
+    if not problems:
+        raise InputError(f"data {cfg.data!r} has no row with {wanted!r}, from which {cfg.stage} learns")
+    if cfg.stage != "sft" and any((p.task in GENERAL) != (cfg.stage == "reward") for p in problems):
+        raise InputError(f"data {cfg.data!r}: rows with the task helpful or harmless are for stage reward and "
+                         f"for general_data, all others for the other stages")
+    return check_data(problems, cfg) if wanted == "question" else problems, held_out[: cfg.eval_problems]
+
+
+def load_general(cfg: Config, evaluation: bool = False) -> list[Problem]:
+    """Rows of general_data: examples, pairs and questions without a rule."""
+    rows = load_problems(cfg.general_data, evaluation, field="general_data") if cfg.general_data else []
+    if any(problem.task not in GENERAL for problem in rows):
+        raise InputError(f"general_data {cfg.general_data!r}: every row must have the task helpful or "
+                         f"harmless")
+    return rows
 
 
 def base_folder(name: str, seed: int) -> Path:
@@ -2701,16 +2778,7 @@ def prepare(cfg: Config, run: "Run") -> Setup:
     if is_tiny(cfg.model):
         torch.set_num_threads(1)  # its matrices are so small that waiting for a second thread costs more
     problems, held_out = load_data(cfg)
-    rows = [[], []]
-    if cfg.general_data:
-        rows = [load_problems(cfg.general_data, evaluation) for evaluation in (False, True)]
-        if any(problem.task not in GENERAL for problem in rows[0] + rows[1]):
-            raise InputError(f"general_data {cfg.general_data!r}: every row must have the task helpful or "
-                             f"harmless")
-    if bool(cfg.general_data) < (cfg.preference_steps > 0 or cfg.reward_model is not None):
-        raise InputError("general_data is None; reward_model and preference_steps need it")
-    if cfg.preference_steps and not cfg.reward_model:
-        raise InputError("reward_model is None; preference_steps needs one, --stage reward trains it")
+    rows = [load_general(cfg, evaluation) for evaluation in (False, True)]
     general = list({problem.question: problem for problem in rows[0]}.values())
     pairs = [problem for problem in rows[1] if problem.rejected][: cfg.eval_problems]
     folder, state = run.load() if cfg.resume else (None, None)
@@ -2785,6 +2853,14 @@ def saved_settings(cfg: Config) -> dict:
     return dataclasses.asdict(dataclasses.replace(cfg, resume=False, output_dir=None))
 
 
+def changed_settings(cfg: Config, folder: Path) -> list[str] | None:
+    """What keeps a run in a folder from going on with these settings, in words; None: there is no run."""
+    saved, pipeline = read_json(folder / "config.json"), cfg.stage in PIPELINES
+    return saved and [f"{name} was {saved.get(name)!r}, is {value!r}"
+                      for name, value in saved_settings(cfg).items() if value != saved.get(name)
+                      and name not in MAY_CHANGE[pipeline:]]  # a pipeline's steps are its stages' for good
+
+
 def run_folder(cfg) -> Path:
     """output_dir; else the first free of runs/STAGE, runs/STAGE-2, …; to resume, the last that is taken.
 
@@ -2796,8 +2872,7 @@ def run_folder(cfg) -> Path:
     last = None
     while (folder := next(folders)).exists():
         last = folder
-        pipeline = cfg.stage in PIPELINES and not cfg.resume
-        if pipeline and read_json(folder / "config.json") == saved_settings(cfg):
+        if cfg.stage in PIPELINES and not cfg.resume and changed_settings(cfg, folder) == []:
             return folder
     return last if cfg.resume and last else folder
 
@@ -2813,21 +2888,17 @@ class Run:
         self.cfg, self.path, self.elapsed, self.stopped_by, self.lines = cfg, run_folder(cfg), 0.0, 0, 0
         self.metrics, self.facts = [], {}  # what metrics.jsonl and summary.json hold
         self.again = again or f"python grpo.py --resume --output_dir {self.path}"
-        settings, saved = saved_settings(cfg), read_json(self.path / "config.json")
-        pipeline = cfg.stage in PIPELINES
-        changed = [name for name, value in settings.items() if value != (saved or {}).get(name)
-                   and name not in MAY_CHANGE[pipeline:]]  # a pipeline's steps are its stages' for good
-        if pipeline and saved and not changed:
-            cfg = dataclasses.replace(cfg, resume=True)
-        if cfg.resume and not saved:
+        changed, pipeline = changed_settings(cfg, self.path), cfg.stage in PIPELINES
+        if cfg.resume and changed is None:
             raise InputError(f"output_dir {str(self.path)!r} holds no run to resume")
-        if cfg.resume and changed:
-            differ = ", ".join(f"{name} was {saved.get(name)!r}, is {settings[name]!r}" for name in changed)
-            raise InputError(f"resume: {differ}; leave these as they were, or start a new run")
-        if not cfg.resume and self.path.exists() and (self.path.is_file() or any(self.path.iterdir())):
+        if changed and (cfg.resume or pipeline):
+            raise InputError(f"output_dir {str(self.path)!r} holds a run, but {', '.join(changed)}; leave these as "
+                             f"they were, or start a new run in another folder")
+        goes_on = cfg.resume or pipeline and changed == []
+        if not goes_on and self.path.exists() and (self.path.is_file() or any(self.path.iterdir())):
             raise InputError(f"output_dir {str(self.path)!r} already holds a run or other files; go on with "
                              f"it by --resume, or name another folder")
-        self.started, self.settings = time.perf_counter(), settings
+        self.started, self.settings = time.perf_counter(), saved_settings(cfg)
         parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not os.access(parent, os.W_OK):
             raise InputError(f"output_dir {str(self.path)!r} cannot be written: no permission in {parent}")
@@ -3024,7 +3095,11 @@ def main(argv: list[str] | None = None) -> int:
                              f"must get the same number, and updates_per_rollout divide its completions")
         if processes() > 1 and cfg.stage not in ("zero", "sft", "eval"):
             raise InputError(f"stage {cfg.stage} runs in one process; start it without torchrun")
-        STAGES[cfg.stage](cfg, Run(cfg))
+        run = Run(cfg)
+        if cfg.resume and cfg.stage not in ("zero", *PIPELINES) and (run.path / "summary.json").exists():
+            show(f"{run.path} is finished")
+        else:
+            STAGES[cfg.stage](cfg, run)
         return 0
     except KeyboardInterrupt:
         return 130
@@ -3038,6 +3113,7 @@ def main(argv: list[str] | None = None) -> int:
         phase, knobs = next((phase, knobs) for name, phase, knobs in (
             ("sample_completions", "sampling", "max_rows or max_completion_tokens"),
             ("score_logprobs", "log-probabilities", "micro_batch_tokens or logits_chunk_tokens"),
+            ("fit", "supervised training", "micro_batch_tokens or logits_chunk_tokens"),
             ("update_policy", "the update", "micro_batch_tokens or logits_chunk_tokens, or set kl_coef 0"),
             ("train_grpo", "the reference or the masters", "kl_coef to 0, or take a smaller model"),
             ("main", "loading", "the size of the model")) if name in called)
