@@ -147,27 +147,26 @@ def test_reasoning_alone_needs_no_reward_model():
     assert rewards.tolist() == [[2.0, 0.0]] and "preference" not in parts
 
 
-def test_what_does_not_apply_has_no_part_in_a_mean():
+def small_run(**overrides):
+    settings = dict(prompts_per_step=4, group_size=2, max_completion_tokens=4, steps=3, kl_coef=0.0)
+    return make_config("x", gradient_checkpointing=False, **{**settings, **overrides})
+
+
+def test_what_does_not_apply_has_no_part_in_a_mean(make_model, tokenizer, monkeypatch):
     assert grpo.mean([1.0, None, 0.0, None]) == 0.5 and grpo.mean([None]) == 0.0
-    rollout = SimpleNamespace(texts=[GOOD] * 4, completion_tokens=torch.ones(4), truncated=torch.zeros(4))
-    rewards, parts, outcomes = grpo.score(rollout, [SUM, HELLO], make_config("x"), Judge())
-    update = dict(tokens=4, all_tokens=4, loss=0.0, grad_norm=0.0, kl=0.0, ratio=4, clipped=0, entropy=1.0)
-    metrics = grpo.step_metrics(1, rollout, rewards, parts, outcomes, [{**update, "sampler_gap": 0.0}], 1, 1)
-    assert metrics["accuracy"] == 1.0 and metrics["preference"] == len(GOOD)
+    rule = lambda text, problem, lenient=False: "unjudged" if problem.task in grpo.GENERAL else "right"
+    monkeypatch.setattr(grpo, "grade", rule)
+    steps, cfg = [], small_run(prompts_per_step=2, steps=1)
+    judge = lambda texts, problems: [3.0] * len(texts)
+    after = lambda metrics, *_: steps.append(metrics)
+    grpo.train_grpo(make_model(), tokenizer, [SUM, HELLO], cfg, after, reward_model=judge)
+    assert [(m["accuracy"], m["preference"]) for m in steps] == [(1.0, 3.0)]
+    assert steps[0]["outcomes"] == {"right": 2, "unjudged": 2}
 
 
 def test_problems_may_be_a_function_of_the_step(make_model, tokenizer):
     pools = {1: [Problem("1", "1")] * 3, 2: [Problem(str(n), "2") for n in range(5)], 3: [Problem("3", "3")]}
-    cfg = make_config(
-        "x",
-        prompts_per_step=4,
-        group_size=2,
-        max_completion_tokens=4,
-        steps=3,
-        kl_coef=0.0,
-        gradient_checkpointing=False,
-    )
-    batches = []
+    cfg, batches = small_run(), []
     grpo.train_grpo(
         make_model(), tokenizer, pools.__getitem__, cfg, lambda m, rollout, batch, _: batches.append(batch)
     )
