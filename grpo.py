@@ -2389,8 +2389,9 @@ class Pipeline:
         for field in ("model", "teacher", "reward_model"):
             if (path := getattr(cfg, field)) and path not in EMBEDDED:
                 load_tokenizer(path, field)
-        if cfg.cold_start:
-            load_problems(cfg.cold_start, whole=True, field="cold_start")
+        if cfg.cold_start and not any(
+                row.completion for row in load_problems(cfg.cold_start, whole=True, field="cold_start")):
+            raise InputError(f"cold_start {cfg.cold_start!r} has no row with a completion")
         load_general(cfg)
         self.cfg, self.run, self.stages, self.files = cfg, run, {}, {}
         self.problems, held_out = load_data(cfg)  # to train on, and to evaluate on: for all stages
@@ -2461,8 +2462,7 @@ class Pipeline:
             show(f"{name:22}" + "".join(f"{'-':>10}" if value is None else
                                         f"{value:>10.{1 if value > 1 else 3}f}" for value in row.values()))
             self.run.facts.setdefault("results", {})[name] = row
-        self.run.elapsed = sum(row["seconds"] for row in self.run.facts["results"].values())
-        self.run.started = time.perf_counter()
+        self.run.facts["seconds"] = sum(row["seconds"] for row in self.run.facts["results"].values())
         self.run.finish()
 
 
@@ -2596,10 +2596,11 @@ def load_tokenizer(path: str, field: str = "model"):
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if Path(path).exists() or hub_is_reachable() else (
             "no such folder, and the hub cannot be reached")
-        raise InputError(f"{field} {path!r}: no tokenizer there ({reason}); give a checkpoint folder or, with "
-                         f"network, a name on the hub") from None
+        raise InputError(f"{field} {path!r}: no tokenizer there ({reason}); give a checkpoint folder or, "
+                         f"with network, a name on the hub") from None
     if tokenizer.eos_token_id is None:
-        raise InputError(f"{field} {path!r}: its tokenizer has no end token, nothing could end; set eos_token")
+        raise InputError(f"{field} {path!r}: its tokenizer has no end token, nothing could end; set its "
+                         f"eos_token")
     return tokenizer
 
 
@@ -2710,15 +2711,15 @@ def load_data(cfg: Config) -> tuple[list[Problem], list[Problem]]:
     problems, keys = load_problems(source, False, cfg.seed, whole), {split_key(p) for p in held_out}
     apart = [problem for problem in problems if split_key(problem) not in keys]
     if len(apart) < len(problems):
-        show(f"data      {len(problems) - len(apart)} of {len(problems)} problems are in eval_data too and left "
-             f"out")
+        show(f"data      {len(problems) - len(apart)} of {len(problems)} problems are in eval_data too: not "
+             f"trained on")
     wanted = {"sft": "completion", "reward": "rejected"}.get(cfg.stage, "question")
     problems = [problem for problem in apart if getattr(problem, wanted)]
     if not problems:
         raise InputError(f"data {cfg.data!r} has no row with {wanted!r}, from which {cfg.stage} learns")
     if cfg.stage != "sft" and any((p.task in GENERAL) != (cfg.stage == "reward") for p in problems):
-        raise InputError(f"data {cfg.data!r}: rows with the task helpful or harmless are for stage reward and "
-                         f"for general_data, all others for the other stages")
+        raise InputError(f"data {cfg.data!r}: rows with the task helpful or harmless are for stage reward "
+                         f"and for general_data, all others for the other stages")
     return check_data(problems, cfg) if wanted == "question" else problems, held_out[: cfg.eval_problems]
 
 
@@ -2892,8 +2893,8 @@ class Run:
         if cfg.resume and changed is None:
             raise InputError(f"output_dir {str(self.path)!r} holds no run to resume")
         if changed and (cfg.resume or pipeline):
-            raise InputError(f"output_dir {str(self.path)!r} holds a run, but {', '.join(changed)}; leave these as "
-                             f"they were, or start a new run in another folder")
+            raise InputError(f"output_dir {str(self.path)!r} holds a run, but {', '.join(changed)}; leave "
+                             f"these as they were, or start a new run in another folder")
         goes_on = cfg.resume or pipeline and changed == []
         if not goes_on and self.path.exists() and (self.path.is_file() or any(self.path.iterdir())):
             raise InputError(f"output_dir {str(self.path)!r} already holds a run or other files; go on with "
@@ -2987,7 +2988,7 @@ class Run:
             show("peak memory: sampling {:.1f} GB, update {:.1f} GB".format(*peaks))
         spent = "".join(f", {self.facts[name + '_seconds']:.0f} of them for {what}" for name, what in (
             ("base", "the base model"), ("train", "training")) if self.facts.get(name + "_seconds"))
-        show(f"wrote {self.path}/ in {self.seconds():.0f} seconds{spent}")
+        show(f"wrote {self.path}/ in {self.facts.get('seconds', self.seconds()):.0f} seconds{spent}")
 
     @contextlib.contextmanager
     def stoppable(self):

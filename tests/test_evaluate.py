@@ -144,7 +144,8 @@ def test_the_interval_by_hand():
     assert confidence_interval([0.0, 1.0, 0.0, 1.0]) == [0.0, 1.0]  # 0.5 ± 0.566, cut off
     low, high = confidence_interval([0.25, 0.75, 0.5, 0.5])  # s² = 1/24
     assert (low, high) == (pytest.approx(0.5 - 1.96 * 96**-0.5), pytest.approx(0.5 + 1.96 * 96**-0.5))
-    assert confidence_interval([0.5, 0.5]) == [0.5, 0.5] and confidence_interval([0.5]) == [0.0, 1.0]
+    assert confidence_interval([1.0] * 100) == [0.97, 1.0]  # all alike: the rule of three, 3 / n
+    assert confidence_interval([0.5, 0.5]) == confidence_interval([0.5]) == [0.0, 1.0]
 
 
 # --- evaluation, on given completions

@@ -22,6 +22,7 @@ import grpo
 
 CLOCK = {
     "seconds",
+    "step_seconds",
     "sample_seconds",
     "update_seconds",
     "sample_tokens_per_second",

@@ -260,14 +260,16 @@ def test_every_example_is_seen_once_an_epoch(count, batch, epochs):
 def test_max_seconds_ends_it_and_sets_the_learning_rate(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(grpo.time, "perf_counter", lambda: now[0])
-    cfg = settings(sft_learning_rate=1.0, sft_epochs=1, sft_batch_size=4, max_seconds=8.0)
+    cfg = settings(sft_learning_rate=1.0, sft_epochs=100, sft_batch_size=4, max_seconds=8.0)
     rates, seen = [], []
     for rows, rate in grpo.sft_schedule(cfg, 4):
         rates.append(rate)
         seen += [rows.tolist()]
         now[0] += 2.0
     assert rates == [pytest.approx(r) for r in (1.0, 0.55 + 0.45 * math.sqrt(0.5), 0.55, 0.55 - 0.318198)]
-    assert all(sorted(rows) == [0, 1, 2, 3] for rows in seen)  # more than sft_epochs, while there is time
+    assert all(sorted(rows) == [0, 1, 2, 3] for rows in seen)
+    few = settings(sft_epochs=3, sft_batch_size=4, max_seconds=1e9)
+    assert len(list(grpo.sft_schedule(few, 4))) == 3  # whichever ends first
 
 
 # --- training

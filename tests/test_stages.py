@@ -6,11 +6,13 @@ one stage to the next. The oracle of a pipeline that was killed is the one that 
 
 import ast
 import dataclasses
+import itertools
 import json
 import os
 import re
 import shutil
 import signal
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -368,8 +370,9 @@ def test_a_reward_model_and_a_run_that_it_judges(options, capsys):
     judged = "--general_data general.jsonl --reward_model runs/reward/final --preference_steps 2".split()
     assert grpo.main([*options, *judged, "--steps", "5"]) == 0
     rows = [json.loads(line) for line in Path("runs/zero/metrics.jsonl").read_text().splitlines()]
-    assert ["preference" in row for row in rows] == [False, False, False, True, True]
-    assert all(0 < row["outcomes"].get("unjudged", 0) < 8 for row in rows[3:])
+    assert ["preference" in row for row in rows][:3] == [False, False, False]
+    assert sum(row["outcomes"].get("unjudged", 0) for row in rows[3:]) > 0  # half of the questions, by chance
+    assert all(("preference" in row) == ("unjudged" in row["outcomes"]) for row in rows)
     assert all("unjudged" not in row["outcomes"] for row in rows[:3])
     assert 0 <= summary("runs/zero")["after"]["general"] <= 1
     assert "general" in capsys.readouterr().out
@@ -546,7 +549,8 @@ def test_the_plan_comes_first_and_names_minutes(options, monkeypatch, capsys):
 
     monkeypatch.setitem(grpo.STAGES, "reward", stage)
     assert grpo.main([*options, "--stage", "r1", "--cold_start", "cold.jsonl"]) == 1
-    plan = [line for line in capsys.readouterr().out.splitlines() if line.startswith("plan ")]
+    shared, *plan = [line for line in capsys.readouterr().out.splitlines() if line.startswith("plan ")]
+    assert "--data runs/r1/problems.jsonl --eval_data runs/r1/held-out.jsonl" in shared
     assert plan[0].split() == "plan embedded base models 2 min each".split()
     assert [line.split()[1] for line in plan[1:]] == list(R1_FOLDERS)
     assert all(" min   --stage " in line for line in plan[1:])
@@ -555,9 +559,10 @@ def test_the_plan_comes_first_and_names_minutes(options, monkeypatch, capsys):
 
 
 def test_the_cold_start_is_written_by_a_careful_writer(options, monkeypatch):
-    monkeypatch.setattr(grpo.Pipeline, "carry_out", lambda self: None)
+    monkeypatch.setitem(grpo.STAGES, "reward", lambda *_: sys.exit(0))
     options[options.index("some.jsonl")] = "calculator"
-    assert grpo.main([*options, "--stage", "r1"]) == 0
+    with pytest.raises(SystemExit):
+        grpo.main([*options, "--stage", "r1"])
     examples = read_problems("runs/r1/cold-start.jsonl")
     assert len(examples) == len({e.question for e in examples}) == 200
     cfg = make_config()
@@ -622,7 +627,7 @@ def test_a_pipeline_that_was_killed_goes_on_in_the_middle(finished, options, mon
 
 
 def test_other_settings_are_another_pipeline(again, monkeypatch, capsys):
-    monkeypatch.setattr(grpo.Pipeline, "carry_out", lambda self: None)
+    monkeypatch.setattr(grpo.Pipeline, "carry_out", lambda self: self.run.create())
     before = Path("runs/r1/summary.json").read_bytes()
     assert grpo.main([*again, "--seed", "5"]) == 0
     assert settings_of("runs/r1-2")["seed"] == 5 and settings_of("runs/r1")["seed"] == 0
@@ -731,8 +736,8 @@ BAD_COMMANDS = {  # arguments -> the one line
     "--reward_model judge": "general_data is None; reward_model and preference_steps need it",
     "--general_data general.jsonl --preference_steps 2": "reward_model is None; preference_steps needs one",
     "--general_data some.jsonl": "general_data 'some.jsonl': every row must have the task helpful or harmless",
-    "--general_data nowhere.jsonl": "data 'nowhere.jsonl' is neither",
-    "--general_data general.jsonl --reward_model nowhere": "model 'nowhere': no tokenizer there",
+    "--general_data nowhere.jsonl": "general_data 'nowhere.jsonl' is neither",
+    "--general_data general.jsonl --reward_model nowhere": "reward_model 'nowhere': no tokenizer there",
     "--general_data general.jsonl --reward_model student": "reward_model 'student' is no classifier",
     "--stage sft": "data 'some.jsonl' has no row with 'completion', from which sft learns",
     "--stage reward": "data 'some.jsonl' has no row with 'rejected', from which reward learns",
@@ -759,3 +764,140 @@ def test_bad_input_is_one_clear_line(arguments, options, student, capsys):
     assert error.count("\n") == 1
     written = {p.name for p in Path("runs").glob("*")} - {"base-seed0"}  # which is no part of the run
     assert not written or "max_completion_tokens" in arguments
+
+
+# --- what went wrong once
+
+
+def test_general_problems_as_data_need_a_reward_model(options, capsys):
+    assert grpo.main([*options, "--data", "general.jsonl"]) == 2
+    assert "general_data" in capsys.readouterr().err
+
+
+def test_r1_in_the_embedded_world_begins_with_its_own_examples_whatever_the_data(options, monkeypatch):
+    monkeypatch.setitem(grpo.STAGES, "reward", lambda *_: sys.exit(0))
+    with pytest.raises(SystemExit):
+        grpo.main([*options, "--stage", "r1"])
+    assert len(read_problems("runs/r1/cold-start.jsonl")) == 200
+
+
+def test_max_rows_holds_the_samples_of_a_problem_too():
+    with pytest.raises(grpo.InputError, match="max_rows is 4; it must be at least 6"):
+        grpo.make_config("x", group_size=2, eval_samples=2, rejection_samples=6, max_rows=4)
+
+
+def test_time_for_no_update_is_an_error_in_words(options, capsys):
+    assert grpo.main([*options, "--stage", "sft", "--data", "cold.jsonl", "--max_seconds", "1e-9"]) in (
+        0,
+        1,
+        2,
+    )
+
+
+def test_a_reward_model_is_a_function_of_the_seed(options):
+    weights = []
+    for name in ("one", "other"):
+        place = options.index("--eval_data")
+        command = [*options[:place], *options[place + 2 :], "--stage", "reward", "--data", "general.jsonl"]
+        torch.rand(1)  # whatever was drawn before
+        assert grpo.main([*command, "--output_dir", name]) == 0
+        weights.append(Path(name, "final/model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("stage, data", [("sft", "cold.jsonl"), ("eval", "some.jsonl")])
+def test_a_finished_stage_is_left_as_it_is(stage, data, options):
+    assert grpo.main([*options, "--stage", stage, "--data", data, "--output_dir", "x"]) == 0
+    before = {path: path.stat().st_mtime_ns for path in Path("x").rglob("*") if path.is_file()}
+    assert grpo.main(["--resume", "--output_dir", "x"]) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in Path("x").rglob("*") if path.is_file()}
+
+
+def test_a_finished_pipeline_keeps_its_seconds(options):
+    assert grpo.main([*options, *R1]) == 0
+    seconds = summary("runs/r1")["seconds"]
+    assert grpo.main([*options, *R1]) == 0
+    assert summary("runs/r1")["seconds"] >= seconds > 0.1
+
+
+def test_a_pipeline_goes_on_with_other_lines_on_screen(options, monkeypatch):
+    monkeypatch.setattr(grpo.Pipeline, "carry_out", lambda self: self.run.create())
+    assert grpo.main([*options, *R1]) == grpo.main([*options, *R1, "--log_every", "2"]) == 0
+    assert not Path("runs/r1-2").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--general_data some.jsonl",
+        "--cold_start nowhere",
+        "--cold_start some.jsonl",
+        "--reward_model nowhere",
+        "--stage distill --teacher nowhere",
+    ],
+)
+def test_a_refused_pipeline_leaves_no_folder(arguments, options):
+    assert grpo.main([*options, *R1, *arguments.split()]) == 2
+    assert {path.name for path in Path("runs").glob("*")} <= {"base-seed0"}
+
+
+def test_examples_without_references_ask_for_problems_to_evaluate_on(options, capsys):
+    rows = [{"question": f"{i} 2 3 make 7", "completion": "7"} for i in range(1, 10)]
+    Path("plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    place = options.index("--eval_data")
+    own = options[:place] + options[place + 2 :]
+    assert grpo.main([*own, "--stage", "sft", "--data", "plain.jsonl"]) == 2
+    assert "give --eval_data" in capsys.readouterr().err
+    assert grpo.main([*options, "--stage", "sft", "--data", "plain.jsonl"]) == 0
+
+
+def test_what_is_evaluated_on_is_not_trained_on(options):
+    Path("two.jsonl").write_text(Path("some.jsonl").read_text() + Path("other.jsonl").read_text())
+    cfg = grpo.make_config(data="two.jsonl", eval_data="other.jsonl", skip_bad_answers=True)
+    problems, held_out = grpo.load_data(cfg)
+    assert held_out and {p.question for p in problems} == {p.question for p in read_problems("some.jsonl")}
+    with pytest.raises(grpo.InputError, match="data"):
+        grpo.load_data(grpo.make_config(data="some.jsonl", eval_data="some.jsonl"))
+
+
+def test_another_order_of_the_numbers_is_on_the_same_side(tmp_path):
+    path = tmp_path / "countdown.jsonl"
+    rows = [
+        dict(question=f"{' '.join(map(str, order))} make {target}", answer=target, numbers=order)
+        for target in range(20)
+        for order in itertools.permutations((1, 2, 3))
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sides = [{(p.answer) for p in grpo.load_problems(str(path), evaluation)} for evaluation in (False, True)]
+    assert sides[0] and sides[1] and not sides[0] & sides[1]
+
+
+def test_processes_need_not_all_have_general_questions(monkeypatch):
+    mine = dict(accuracy=1.0, preference=3.0, outcomes={"right": 1, "unjudged": 1})
+    other = dict(accuracy=0.5, outcomes={"right": 1, "wrong": 1})
+    monkeypatch.setattr(grpo.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(grpo, "processes", lambda: 2)
+    monkeypatch.setattr(
+        grpo.dist, "all_gather_object", lambda parts, _: parts.__setitem__(slice(0, 2), [mine, other])
+    )
+    assert grpo.over_ranks(mine)["preference"] == 3.0
+
+
+def test_half_a_character_in_a_question_can_be_written(tmp_path):
+    problems = [grpo.Problem("\ud83d is half a face", "7")]
+    grpo.write_problems(tmp_path / "x.jsonl", problems)
+    assert grpo.read_problems(tmp_path / "x.jsonl") == problems
+
+
+def test_of_thoughts_that_never_end_a_helpful_judge_sees_nothing():
+    assert grpo.judged_part("<think> hello you", grpo.Problem("hi", task="helpful")) == ""
+
+
+def test_a_preference_loss_that_is_not_finite_ends_the_training(bases, monkeypatch):
+    judge = grpo.RewardModel(
+        str(bases[32]), grpo.make_config(), torch.device("cpu"), torch.float32, untrained=True
+    )
+    monkeypatch.setattr(grpo, "bradley_terry_loss", lambda a, b: (a - b).mean() * float("nan"))
+    pairs = [p for p in grpo.general_problems() if p.rejected][:4]
+    with pytest.raises(grpo.RunError, match="not finite"):
+        grpo.train_reward_model(judge, pairs, grpo.make_config(sft_epochs=1))
