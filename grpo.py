@@ -2794,7 +2794,8 @@ def prepare(cfg: Config, run: "Run") -> Setup:
         judge = RewardModel(path, cfg, device, dtype, untrained=True)
     else:
         policy = load_model(path, device, dtype)
-        judge = RewardModel(cfg.reward_model, cfg, device, dtype) if cfg.reward_model else None
+        if cfg.reward_model and cfg.stage != "sample":
+            judge = RewardModel(cfg.reward_model, cfg, device, dtype)
     run.create()
     training = f"{len(problems):,} problems to train on, " * (cfg.stage != "eval")
     show(f"data      {cfg.data}: {training}{len(held_out):,} to evaluate on")

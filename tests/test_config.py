@@ -417,7 +417,9 @@ def test_the_chat_template_is_used_only_when_asked_for(tokenizer):
         "{% if add_generation_prompt %}[assistant] {% endif %}"
     )
     assert grpo.render_prompt(tokenizer, "q", Config(template="Q: {question}")) == "Q: q"
-    assert grpo.render_prompt(tokenizer, "q", Config(model="x", chat_template=True)) == "[user] q\n[assistant] "
+    assert (
+        grpo.render_prompt(tokenizer, "q", Config(model="x", chat_template=True)) == "[user] q\n[assistant] "
+    )
 
 
 def test_the_beginning_token_comes_once(tokenizer):
