@@ -393,13 +393,17 @@ def read_problems(path: str) -> list[Problem]:
     return problems
 
 
-def write_problems(path: Path, problems: list[Problem]):
-    """The counterpart of `read_problems`; the file is whole or not there."""
-    rows = [{name: value for name, value in vars(p).items() if value} for p in problems]
+def write_text(path: Path, text: str):
+    """A text file, whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    temporary.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")  # half an emoji
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # half an emoji has no UTF-8
     os.replace(temporary, path)
+
+
+def write_problems(path: Path, problems: list[Problem]):
+    """The counterpart of `read_problems`."""
+    rows = [{name: value for name, value in vars(problem).items() if value} for problem in problems]
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def fetch(url: str) -> str:
@@ -2238,11 +2242,6 @@ def confidence_interval(values: list[float]) -> list[float]:
     return [max(0.0, m - half_width), min(1.0, m + half_width)]
 
 
-def same_text(a: str, b: str) -> bool:
-    """Equality of Countdown expressions: that two make the same number is no agreement on how."""
-    return a.split() == b.split()
-
-
 def evaluate(model, tokenizer, problems: list[Problem], cfg: Config) -> dict:
     """Sampled accuracy as in the paper [R1 3]: pass@1 over k completions a problem, and what goes with it."""
     k = cfg.eval_samples
@@ -2251,8 +2250,9 @@ def evaluate(model, tokenizer, problems: list[Problem], cfg: Config) -> dict:
     right = [float(grade(*row) == "right") for row in rows]
     groups = [slice(i * k, (i + 1) * k) for i in range(len(problems))]
     per_problem, tokens = [mean(right[group]) for group in groups], rollout.completion_tokens.tolist()
+    spelled_alike = lambda a, b: a.split() == b.split()  # noqa: E731  two sums for 24 agree on nothing else
     votes = [majority_vote([find_answer(*row) for row in rows[group]],
-                           answers_equal if problem.task == "math" else same_text)
+                           answers_equal if problem.task == "math" else spelled_alike)
              for group, problem in zip(groups, problems)]
     return dict(
         pass_at_1=mean(right), pass_at_1_ci95=confidence_interval(per_problem),
@@ -2910,18 +2910,13 @@ class Run:
         wait_for_all()  # the others may still be looking whether it is free
         if rank() == 0:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.write("config.json", json.dumps(self.settings, indent=2, ensure_ascii=False) + "\n")
+            settings = json.dumps(self.settings, indent=2, ensure_ascii=False)
+            write_text(self.path / "config.json", settings + "\n")
         wait_for_all()
 
     def seconds(self) -> float:
         """Since the run began, without the time between an interruption and its resumption."""
         return self.elapsed + time.perf_counter() - self.started
-
-    def write(self, name: str, text: str):
-        """A text file, whole or not at all."""
-        temporary = self.path / f"{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, self.path / name)
 
     def append(self, name: str, row: dict):
         """One more line of a log; a number that is not finite becomes null, as JSON has none."""
@@ -2966,7 +2961,7 @@ class Run:
         cfg = self.cfg
         columns = {name: self.facts[name] for name in ("before", "after") if name in self.facts}
         summary = dict(stage=cfg.stage, model=cfg.model, data=cfg.data, seed=cfg.seed, seconds=self.seconds())
-        self.write("summary.json", json.dumps({**summary, **self.facts}, indent=2) + "\n")
+        write_text(self.path / "summary.json", json.dumps({**summary, **self.facts}, indent=2) + "\n")
         told = ", ".join(f"{name} {fact:.3f}" if isinstance(fact, float) else f"{name} {fact}"
                          for name, fact in self.facts.items() if not name.endswith("seconds")
                          and (name == "fates" or not isinstance(fact, dict)))
@@ -3037,7 +3032,7 @@ class Run:
             lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
             rows = [json.loads(line) for line in lines if line.endswith("}")]  # a crash may have cut the last
             rows = [row for row in rows if state and row["step"] <= state["step"]]
-            self.write(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             self.metrics = rows if name == "metrics.jsonl" else self.metrics
         return (folder, state) if state else (None, None)
 
