@@ -2242,6 +2242,11 @@ def confidence_interval(values: list[float]) -> list[float]:
     return [max(0.0, m - half_width), min(1.0, m + half_width)]
 
 
+def same_text(a: str, b: str) -> bool:
+    """Equality of Countdown expressions: that two make the same number is no agreement on how."""
+    return a.split() == b.split()
+
+
 def evaluate(model, tokenizer, problems: list[Problem], cfg: Config) -> dict:
     """Sampled accuracy as in the paper [R1 3]: pass@1 over k completions a problem, and what goes with it."""
     k = cfg.eval_samples
@@ -2250,9 +2255,8 @@ def evaluate(model, tokenizer, problems: list[Problem], cfg: Config) -> dict:
     right = [float(grade(*row) == "right") for row in rows]
     groups = [slice(i * k, (i + 1) * k) for i in range(len(problems))]
     per_problem, tokens = [mean(right[group]) for group in groups], rollout.completion_tokens.tolist()
-    spelled_alike = lambda a, b: a.split() == b.split()  # noqa: E731  two sums for 24 agree on nothing else
     votes = [majority_vote([find_answer(*row) for row in rows[group]],
-                           answers_equal if problem.task == "math" else spelled_alike)
+                           answers_equal if problem.task == "math" else same_text)
              for group, problem in zip(groups, problems)]
     return dict(
         pass_at_1=mean(right), pass_at_1_ci95=confidence_interval(per_problem),
