@@ -141,7 +141,8 @@ class Config:
     reward_model: str | None = setting(
         None, "classifier with one label that judges general_data; r1 trains one if there is none")
     preference_steps: int = setting(
-        0, "last steps of zero in which half of the questions are general_data's", "400 of 1,700")
+        0, "last steps of zero in which half of the questions are general_data's; in r1 a quarter of the "
+        "steps unless given", "400 of 1,700")
     teacher: str | None = setting(None, "checkpoint that distill learns from; the student is --model, and "
                                   "tinier where that is tiny")
 
@@ -157,7 +158,8 @@ class Config:
     # rewards
     accuracy_weight: float = setting(1.0, "weight of the accuracy reward", "1")
     format_weight: float = setting(1.0, "weight of the format reward", "1")
-    language_weight: float = setting(0.0, "weight of the language-consistency reward", "R1-Zero 0, R1 1")
+    language_weight: float = setting(0.0, "weight of the language-consistency reward; in r1 1 unless given",
+                                     "R1-Zero 0, R1 1")
     language: Literal["en", "zh"] = setting("en", "the language it asks for")
     preference_weight: float = setting(1.0, "weight of the reward model's score, on general_data", "1")
 
@@ -281,7 +283,7 @@ def parse_args(argv: list[str]) -> Config:
         raise InputError(f"{message}; python grpo.py --help explains every setting")
 
     parser.error = refuse
-    known, _ = parser.parse_known_args(argv)
+    known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     saved = read_json(run_folder(known) / "config.json") if known.resume else None
     parser.set_defaults(**(saved or (TINY if is_tiny(known.model) else {})))
     cfg, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
@@ -710,7 +712,7 @@ def build_base_model(folder, seed: int = 0, steps: int = 2500, width: int = 64) 
         if (min(skills["sums"], skills["copies"]) > 0.99 and skills["yes_if_right"] > 0.98
                 and skills["yes_if_wrong"] < 0.003):
             break
-        print(f"The base model misses its gate and is trained longer: {skills}")
+        print(f"The base model cannot yet compare reliably and is trained a little longer: {skills}")
         pretrain(model, problems, seed + 1000 * longer, steps // 5, peak=0.4)
     unfinished = folder.with_name(folder.name + ".part")  # a run broken off leaves no half a checkpoint
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -1886,7 +1888,8 @@ def over_ranks(metrics: dict) -> dict:
     held = {name: [part[name] for part in parts if name in part] for name in floats}  # some may lack a part
     merged = {name: sum(values) / (1 if name in added else len(values)) for name, values in held.items()}
     outcomes = sum((Counter(part["outcomes"]) for part in parts), Counter())
-    return {**metrics, **merged, "outcomes": dict(outcomes)}
+    max_kl = max(part.get("max_kl", 0.0) for part in parts)
+    return {**metrics, **merged, "outcomes": dict(outcomes), "max_kl": max_kl}
 
 
 def share_of_rank(batch: list) -> list:
@@ -2299,8 +2302,9 @@ def stage_zero(cfg: Config, run: "Run"):
     if not state:
         run.facts["before"] = setup.evaluate()
         run.log_evaluation(0, run.facts["before"])
-    elif (run.path / "summary.json").exists() and (cfg.max_seconds or state["step"] == cfg.steps):
-        return show(f"{run.path} is finished; give more --steps to go on with it")
+    elif (run.path / "summary.json").exists() and (
+            state["step"] == cfg.steps or run.facts["train_seconds"] >= (cfg.max_seconds or math.inf)):
+        return show(f"{run.path} is finished; give more --steps to go on with it, if its time is not over")
     length = max(len(setup.problems), len(setup.general))
     mixed = [problem for pool in (setup.problems, setup.general)  # half and half
              for problem in itertools.islice(itertools.cycle(pool), length)]
@@ -2311,6 +2315,8 @@ def stage_zero(cfg: Config, run: "Run"):
         step = metrics["step"]
         run.log_step(metrics, rollout, batch)
         bar.update()
+        if cfg.preference_steps and step == cfg.steps - cfg.preference_steps:
+            show("          from here on half of the questions are general ones, and the reward model judges")
         if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
             if run.log_evaluation(step, setup.evaluate()) and rank() == 0:
                 save_model(policy, tokenizer, run.path / "best")
@@ -2431,8 +2437,12 @@ class Pipeline:
             judged = cfg.eval_problems * cfg.eval_samples
             counts = dict(zero=cfg.steps * cfg.prompts_per_step * cfg.group_size + 4 * judged, sft=3 * judged,
                           sample=len(self.problems) * cfg.rejection_samples)
-            seconds = (cfg.max_seconds or 0) or counts.get(cfg.stage, judged) * (seconds_each or 0)
-            told = "done" if self.summary(name) else f"{seconds / 60:.1f} min" if seconds else "? min"
+            if cfg.max_seconds and cfg.stage in ("zero", "sft"):  # and the evaluations before and after
+                seconds = cfg.max_seconds + 2 * judged * (seconds_each or 0)
+            else:
+                seconds = counts.get(cfg.stage, judged) * (seconds_each or 0)
+            minutes = f"{max(0.1, seconds / 60):.1f} min" if seconds else "? min"
+            told = "done" if self.summary(name) else minutes
             show(f"plan      {name:20} {told:>8}   {command}")
 
     def carry_out(self):
@@ -2475,6 +2485,8 @@ def stage_r1(cfg: Config, run: "Run"):
     if not is_tiny(cfg.model) and not (cfg.cold_start and cfg.general_data):
         raise InputError("cold_start and general_data: outside the embedded world r1 needs both; --help says "
                          "what is in them")
+    if cfg.max_seconds:
+        raise InputError(f"max_seconds is {cfg.max_seconds}; r1 cannot keep to a time, give it --steps")
     plan, rng = Pipeline(cfg, run), random.Random(cfg.seed)
     cold = cfg.cold_start or plan.file("cold-start.jsonl", [
         dataclasses.replace(p, completion=" ".join(write_completion(rng, p, CAREFUL)[:-1]))
@@ -2714,6 +2726,8 @@ def load_data(cfg: Config) -> tuple[list[Problem], list[Problem]]:
         return held_out, held_out[: cfg.eval_problems]
     problems, keys = load_problems(source, False, cfg.seed, whole), {split_key(p) for p in held_out}
     apart = [problem for problem in problems if split_key(problem) not in keys]
+    if not apart:
+        raise InputError(f"data {cfg.data!r}: every problem of it is in eval_data too; keep them apart")
     if len(apart) < len(problems):
         show(f"data      {len(problems) - len(apart)} of {len(problems)} problems are in eval_data too: not "
              f"trained on")
@@ -2823,9 +2837,10 @@ def doctor(m: dict, cfg: Config) -> list[str]:
     findings = (
         (m["truncated"] > 0.5, f"{m['truncated']:.0%} of completions hit max_completion_tokens "
          f"({cfg.max_completion_tokens}): raise it, and check the stop tokens above"),
-        (m["dead_groups"] == 1, "all groups flat: no gradient; take easier problems, a larger group_size, or "
-         "a template whose format the model can hit"),
-        (0.8 < m["dead_groups"] < 1, f"{m['dead_groups']:.0%} of groups flat: hardly any gradient"),
+        (m["dead_groups"] == 1 and m["accuracy"] < 0.9, "all groups flat: no gradient; take easier problems, "
+         "a larger group_size, or a template whose format the model can hit"),
+        (0.8 < m["dead_groups"] < 1 and m["accuracy"] < 0.9,
+         f"{m['dead_groups']:.0%} of groups flat: hardly any gradient"),
         (m["clip_fraction"] > 0.3, f"the clip stops {m['clip_fraction']:.0%} of tokens: lower learning_rate"),
         (m["kl"] > 1, f"a KL of {m['kl']:.1f} nats a token from the reference: lower learning_rate"),
         (m["entropy"] < 0.02, f"an entropy of {m['entropy']:.3f} nats: completions hardly differ any more"),
@@ -3086,6 +3101,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line -> 0, 1 (it cannot go on), 2 (bad input); exits with 130 or 143 when stopped."""
     transformers.utils.logging.disable_progress_bar()  # it would show one for every file
     transformers.utils.logging.set_verbosity_error()  # a classifier's new head is no news
+    run = None
     try:
         cfg = parse_args(sys.argv[1:] if argv is None else argv)
         if "LOCAL_RANK" in os.environ and not dist.is_initialized():  # started by torchrun
@@ -3103,6 +3119,7 @@ def main(argv: list[str] | None = None) -> int:
             STAGES[cfg.stage](cfg, run)
         return 0
     except KeyboardInterrupt:
+        print(f"\ngrpo.py: stopped{f'; go on with: {run.again}' if run else ''}", file=sys.stderr)
         return 130
     except InputError as error:
         print(f"grpo.py: error: {error}", file=sys.stderr)

@@ -433,3 +433,11 @@ def test_the_beginning_token_comes_once(tokenizer):
     plain = grpo.encode_prompt(tokenizer, "x")
     assert plain[0] == begin and plain.count(begin) == 1
     assert grpo.encode_prompt(tokenizer, "<|begin|>x") == plain
+
+
+def test_help_shows_the_defaults_of_the_model(capsys):
+    for model, steps in (("tiny", 70), ("Qwen/Qwen2.5-0.5B", 200)):
+        with pytest.raises(SystemExit):
+            grpo.parse_args(["--help", "--model", model])
+        text = " ".join(capsys.readouterr().out.split())
+        assert f"(default: {steps})" in text.split("--steps STEPS")[-1][:120]

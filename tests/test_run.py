@@ -453,6 +453,7 @@ def test_a_run_whose_numbers_were_not_all_finite_still_ends_with_its_table(tmp_p
 
 def test_the_doctor_names_what_is_wrong():
     healthy = dict(
+        accuracy=0.5,
         truncated=0.1,
         dead_groups=0.3,
         clip_fraction=0.01,
@@ -464,6 +465,7 @@ def test_the_doctor_names_what_is_wrong():
     )
     cfg = grpo.make_config()
     assert grpo.doctor(healthy, cfg) == []
+    assert grpo.doctor({**healthy, "dead_groups": 1.0, "accuracy": 0.97}, cfg) == []  # solved, not sick
     for change, words in (
         ({"truncated": 0.92}, "92% of completions hit max_completion_tokens"),
         ({"dead_groups": 1.0}, "all groups flat: no gradient"),

@@ -901,3 +901,27 @@ def test_a_preference_loss_that_is_not_finite_ends_the_training(bases, monkeypat
     pairs = [p for p in grpo.general_problems() if p.rejected][:4]
     with pytest.raises(grpo.RunError, match="not finite"):
         grpo.train_reward_model(judge, pairs, grpo.make_config(sft_epochs=1))
+
+
+def test_r1_does_not_keep_to_a_time(options, capsys):
+    assert grpo.main([*options, "--stage", "r1", "--max_seconds", "60"]) == 2
+    assert "max_seconds is 60.0; r1 cannot keep to a time" in capsys.readouterr().err
+
+
+def test_the_plan_gives_its_time_to_training_stages_only(options, monkeypatch, capsys):
+    monkeypatch.setitem(grpo.STAGES, "zero", lambda *_: sys.exit(0))
+    with pytest.raises(SystemExit):
+        grpo.main([*options, "--stage", "distill", "--max_seconds", "3600"])
+    out = capsys.readouterr().out
+    minutes = {m[1]: float(m[2]) for m in re.finditer(r"^plan +(\S+) +([\d.]+) min   --stage", out, re.M)}
+    assert minutes["0-samples"] < 1 and minutes["a-as-it-was"] < 1
+    assert minutes["b-grpo"] >= 60 and minutes["c-distilled"] >= 60 and 30 <= minutes["d-then-grpo"] < 60
+
+
+def test_a_key_press_says_how_to_go_on(options, monkeypatch, capsys):
+    def stage(cfg, run):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(grpo.STAGES, "sample", stage)
+    assert grpo.main([*options, "--stage", "sample"]) == 130
+    assert "go on with: python grpo.py --resume --output_dir runs/sample" in capsys.readouterr().err
