@@ -2277,7 +2277,10 @@ def evaluate(model, tokenizer, problems: list[Problem], cfg: Config) -> dict:
 
 
 def win_rate(model, tokenizer, pairs: list[Problem], cfg: Config, reward_model: RewardModel) -> float:
-    """Probability, by the reward model, that a sampled reply is preferred to the good one of its pair."""
+    """Probability, by the reward model, that a sampled reply is preferred to the good one of its pair.
+
+    A judge that also gave the reward can be fooled by the policy: read the replies before you believe this.
+    """
     k = cfg.eval_samples
     rollout = sample_for(model, tokenizer, pairs, cfg, k, cfg.seed, cfg.eval_temperature, cfg.eval_top_p)
     ours = torch.tensor(reward_model(rollout.texts, [pair for pair in pairs for _ in range(k)]))
