@@ -2209,11 +2209,12 @@ def rejection_sample(model, tokenizer, problems: list[Problem], cfg: Config):
     for first in tqdm(starts, "rejection sampling", delay=2, leave=False):
         batch = problems[first : first + cfg.prompts_per_step]
         rollout = sample_for(model, tokenizer, batch, cfg, k, cfg.seed * 1_000_003 + first)
+        truncated = rollout.truncated.tolist()  # at once: on a GPU each look at one row would wait
         for i, problem in enumerate(batch):
             kept: list[str] = []
             for row in range(i * k, i * k + k):
                 text = rollout.texts[row]
-                fate = (fault(text, bool(rollout.truncated[row]), problem, cfg)
+                fate = (fault(text, truncated[row], problem, cfg)
                         or "duplicate" * (text in kept)
                         or "enough of its problem" * (len(kept) == cfg.keep_per_problem) or "kept")
                 fates[fate] += 1
