@@ -1115,7 +1115,8 @@ def numeric_value(expr, point: dict):
     small = all(isinstance(arg, Fraction) and arg in range(61) for arg in args)
     require(small or head not in COUNTING, "not small whole numbers")
     value = OPERATIONS[head](*args)
-    require(MP.isfinite(value) and abs(bits(value)) <= MAX_BITS, "number too large")
+    sizes = [abs(bits(part)) for part in (value.real, value.imag)]     # ln(tan(1 + 10^10 i)) hides a tiny one
+    require(MP.isfinite(value) and max(sizes) <= MAX_BITS, "number too large")
     return value
 
 
@@ -1150,8 +1151,10 @@ def same_expression(a, b, up_to_factor: bool = False) -> bool:
 
 def same(a, b) -> bool:
     """Equality of two values: structure here, algebra in `same_expression`."""
-    if isinstance(a, str) or a == b:
-        return a == b
+    if str in (type(a), type(b)):
+        return type(a) is type(b) and a == b
+    if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr) and a == b:
+        return True                       # never == on anything else: with words in it sympy evaluates them
     kind, other = (value[0] if isinstance(value, tuple) else "" for value in (a, b))
     for mark in ("=", "unit"):                               # x = 5 is 5; 5 cm is 5, but not 5 m
         if (kind == mark) != (other == mark):
@@ -1167,10 +1170,10 @@ def same(a, b) -> bool:
         return all(map(same, a[1:], b[1:]))
     rest = list(b[1:])                                       # unordered: strike out one by one
     for value in a[1:]:
-        match = next((candidate for candidate in rest if same(value, candidate)), None)
+        match = next((place for place, candidate in enumerate(rest) if same(value, candidate)), None)
         if match is None:
             return False
-        rest.remove(match)
+        del rest[match]
     return True
 
 

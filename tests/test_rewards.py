@@ -1,5 +1,6 @@
 """Rewards: every convention of answer equality, adversarial completions, fuzzing, code containment."""
 
+import builtins
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import threading
 import time
 
 import pytest
+import sympy
 
 import grpo
 from grpo import Problem, answers_equal, extract_answer
@@ -974,6 +976,56 @@ def test_no_text_raises_hangs_or_fails_the_verifier():
         extract_answer(text), extract_answer(text, lenient=True)
     assert worst < 1
     assert set(outcomes) <= {"right", "wrong", "unparsable", "no_answer"}, outcomes  # no "error"
+
+
+STRUCTURES = [
+    "5", "x", "-2.5", r"\sqrt2", "5 cm", "2, 3", "(2, 3)", "(2, 3]", r"\{2, 3\}", "x=2", "x+y=2", "x<2", "x:2",
+    r"\begin{pmatrix}2\\3\end{pmatrix}", r"\pm 2", r"\infty", "((1, 2), 3)", "2, (3, 4)", "C", "52_8",
+]
+WORDS = ["monday . x", "monday + 9^9^7", "monday", "open(tuesday)", "9^9^7 . x cm", r"\text{nine . nine}"]
+WITH_WORDS = WORDS + [
+    shape.replace("WORD", word)
+    for word in WORDS
+    for shape in ("WORD, 2", "2, WORD", "(WORD, 2)", "(2, WORD]", r"\{2, WORD\}", "x=WORD", "WORD:2", "(1, (2, WORD))",
+                  r"\begin{pmatrix}2\\WORD\end{pmatrix}", r"2, \pm 3, WORD")
+]
+
+
+@pytest.fixture
+def evaluated(monkeypatch):
+    """The texts that sympy or Python were asked to evaluate."""
+    texts, core = [], sys.modules["sympy.core.sympify"]
+
+    def watch(module, name):
+        original = getattr(module, name)
+
+        def watched(text, *args, **settings):
+            if isinstance(text, str):
+                texts.append(text)
+                raise RuntimeError(text)
+            return original(text, *args, **settings)
+
+        monkeypatch.setattr(module, name, watched)
+
+    for module, name in ((core, "sympify"), (sympy, "sympify"), (builtins, "eval"), (builtins, "exec")):
+        watch(module, name)
+    return texts
+
+
+def test_words_are_compared_and_never_evaluated(evaluated):
+    for a in STRUCTURES + WITH_WORDS:
+        for b in WITH_WORDS:
+            for predicted, answer in ((a, b), (b, a)):
+                start = time.process_time()
+                assert grpo.compare(predicted, answer) != "error" and not evaluated, (predicted, answer)
+                assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize("text", [r"\ln(\tan(1+10^{10}i))", r"\ln(\cot(1-10^{9}i))", r"\ln(i+e^{-10^{9}})"])
+def test_real_and_imaginary_part_are_capped_each(text):
+    start = time.process_time()
+    assert grpo.compare(text, "5") == grpo.compare("5", text) == "unparsable"
+    assert time.process_time() - start < 1
 
 
 def test_works_in_threads():
