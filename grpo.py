@@ -225,7 +225,7 @@ class Config:
 
 TINY = dict(  # what the embedded model needs instead
     data="calculator", template="User: {question} Assistant:", prompts_per_step=16, group_size=16,
-    max_completion_tokens=144, sft_batch_size=32, sft_learning_rate=5e-4, rejection_samples=2, steps=45,
+    max_completion_tokens=144, sft_batch_size=32, sft_learning_rate=5e-4, rejection_samples=2, steps=60,
     learning_rate=5e-4, kl_coef=0.0, micro_batch_tokens=2_048, gradient_checkpointing=False, eval_every=15)
 EMBEDDED = dict(tiny=64, tinier=32)  # names of the embedded base models, and their widths
 
@@ -1044,7 +1044,8 @@ def r1(run):
 
     run.stage("0-base", "eval", **shown)
     dev1 = run.stage("1-cold-start", "sft", data=cold, **shown)
-    dev2 = run.stage("2-reasoning-rl", "zero", model=dev1, language_weight=language_weight, **shown)
+    dev2 = run.stage("2-reasoning-rl", "zero", model=dev1, language_weight=language_weight,
+                     steps=max(1, cfg.steps * 3 // 4), **shown)  # the cold start saves some
     run.stage("3-samples", "sample", model=dev2)
     mixed = write_problems(run.folder / "mixed.jsonl", [  # reasoning, and general replies
         *read_problems(run.folder / "3-samples" / "examples.jsonl"),
@@ -1055,8 +1056,8 @@ def r1(run):
     judge = cfg.reward_model or run.stage("4-reward-model", "reward", data=pairs, eval_data=None,
                                           sft_epochs=4, sft_learning_rate=4 * cfg.sft_learning_rate)
     run.stage("4-all-scenarios", "zero", model=dev3, language_weight=language_weight, temperature=0.7,
-              steps=cfg.steps * 4 // 3, preference_steps=cfg.preference_steps or cfg.steps * 6 // 5,
-              reward_model=judge, kl_coef=cfg.kl_coef or 0.03, eval_every=0, **shown)
+              preference_steps=cfg.preference_steps or cfg.steps * 9 // 10, reward_model=judge,
+              kl_coef=cfg.kl_coef or 0.03, eval_every=0, **shown)
     run.finish_recipe()
 
 
@@ -1074,7 +1075,7 @@ def distill(run):
     many = str(run.folder / "0-samples" / "examples.jsonl")
     rows = read_problems(many)
     few = write_problems(run.folder / "few.jsonl", rows[:100])
-    epochs = 3 * cfg.sft_epochs  # on the embedded model, as long as GRPO takes
+    epochs = 4 * cfg.sft_epochs  # on the embedded model, as long as GRPO takes
     passes = max(6, epochs * len(rows) // 100)  # over the few, for as many updates as the many get
 
     run.stage("a-as-it-was", "eval", model=student)
@@ -2252,7 +2253,8 @@ def load_data(cfg):
     show(f"data      {cfg.data}: {len(problems):,} problems to train on, {len(held_out):,} to evaluate on; "
          f"{len(rows) - len(problems):,} rows left out (without {wanted}, or in eval_data too)")
     if not held_out or not problems and cfg.stage != "eval":
-        raise InputError(f"data: stage {cfg.stage} needs rows with {wanted}, and others to evaluate on")
+        need = f"stage {cfg.stage} needs rows with {wanted}, and others to evaluate on"
+        raise InputError(f"data {cfg.data!r}: {need}")
     return problems, held_out
 
 
@@ -2638,8 +2640,8 @@ def carry_out(cfg, again=""):
         write_text(run.folder / "config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
         if summary and (cfg.stage != "zero" or summary["steps"] >= cfg.steps):
             return show(f"{run.folder} is finished; GRPO goes on with more --steps")
-        time_needed = f"about {MINUTES.get(cfg.stage, 1)} minutes" if cfg.model in EMBEDDED else "see the bars"
-        show(f"{OPENINGS[cfg.stage]}. Model: {cfg.model}; time: {time_needed}.")
+        needed = f"about {MINUTES.get(cfg.stage, 1)} minutes" if cfg.model in EMBEDDED else "see the bars"
+        show(f"{OPENINGS[cfg.stage]}. Model: {cfg.model}; time: {needed}.")
         STAGES[cfg.stage](run)
     except (InputError, OSError):
         saved = [*run.folder.rglob("summary.json"), *run.folder.rglob("*.safetensors")]

@@ -97,8 +97,9 @@ def status_of(pid):
 
 
 def one_sentence(capsys, kind="stopped"):
-    error = capsys.readouterr().err.rpartition("\r")[2]  # behind the progress bar
-    assert error.startswith(f"grpo.py: {kind}: ") and error.count("\n") == 1, error
+    shown = re.split(r"[\r\n]+", capsys.readouterr().err)
+    error, *more = [line for line in shown if line.strip() and not line.startswith("GRPO:")]  # the progress bar
+    assert error.startswith(f"grpo.py: {kind}: ") and not more, shown
     return error
 
 

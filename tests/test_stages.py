@@ -294,7 +294,8 @@ def test_a_reward_model_is_a_function_of_the_seed_and_judges_a_run(options):
 def test_samples_are_data_again(options):
     assert grpo.main([*options, "--stage", "sample"]) == 0
     examples, facts = read_problems("runs/sample/examples.jsonl"), summary("runs/sample")
-    assert facts["completions"] == 12 * 2 == sum(facts["faults"].values()) and 1 <= facts["examples"] <= len(examples) == 12
+    assert facts["completions"] == 12 * 2 == sum(facts["faults"].values())
+    assert facts["examples"] == len(examples) == 12
     assert [dataclasses.replace(e, completion="") for e in examples] == read_problems("some.jsonl")
     assert grpo.main([*options, "--stage", "sft", "--data", "runs/sample/examples.jsonl"]) == 0
     assert summary("runs/sft")["examples"] == len(examples)
@@ -473,7 +474,7 @@ def test_distillation_between_two_tokenizers(options, student):
     """The embedded model teaches one that has never seen its words."""
     grpo.build_base_model("teacher")
     command = ("--stage distill --model student --teacher teacher --template Q:{question}A: "
-               "--max_completion_tokens 160 --sft_learning_rate 0.01 --kl_coef 0").split()
+               "--max_completion_tokens 110 --sft_learning_rate 0.01 --kl_coef 0").split()
     assert grpo.main([*options, *command]) == 0
     samples, distilled = (settings_of(f"runs/distill/{name}") for name in ("0-samples", "c-many"))
     assert samples["template"] == grpo.TINY["template"] and distilled["template"] == "Q:{question}A:"  # each its own
