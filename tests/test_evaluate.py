@@ -78,7 +78,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
 
 @pytest.mark.parametrize("values, expected", [
     ([0.0, 1.0, 0.0, 1.0], 1.96 * 12**-0.5), ([0.25, 0.75, 0.5, 0.5], 1.96 * 96**-0.5),  # s² = 1/3, 1/24
-    ([1.0] * 100, 0.03), ([0.1] * 10, 0.3)])  # all alike: the rule of three, 3 / n
+    ([1.0] * 100, 0.03), ([0.0] * 10, 0.3), ([0.4], 3.0)])  # all right or all wrong: the rule of three, 3 / n
 def test_the_interval_by_hand(values, expected):
     assert half_interval(values) == pytest.approx(expected)
 

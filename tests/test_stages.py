@@ -111,7 +111,7 @@ def test_rejection_sampling_keeps_the_first_without_fault(monkeypatch):
 
     monkeypatch.setattr(grpo, "sample_for", sample_for)
     problems = [Problem(name, "2") for name in texts]
-    cfg = make_config("x", rejection_samples=4, prompts_per_step=2)
+    cfg = make_config("x", rejection_samples=4, max_rows=8)
     examples, faults = grpo.rejection_sample(None, None, problems, cfg)
     assert {e.question: e.completion for e in examples} == {"a": GOOD, "c": OTHER, "d": GOOD, "e": GOOD}
     assert len(examples) == 4 and all(dataclasses.replace(e, completion="") in problems for e in examples)
@@ -373,7 +373,7 @@ def test_r1_has_the_papers_stages_and_starting_points(finished, monkeypatch):
     assert facts["2-reasoning-rl"]["before"] == facts["1-cold-start"]["after"] != facts["0-base"]["before"]
     assert facts["4-all-scenarios"]["before"].items() >= facts["3-sft"]["after"].items()  # and what the judge says
     assert facts["3-sft"]["after"] != facts["2-reasoning-rl"]["after"] and "judge" in facts["4-all-scenarios"]["after"]
-    for name, expected in (("2-reasoning-rl", (1.0, 0, 1.0)), ("4-all-scenarios", (1.0, 4, 0.7))):
+    for name, expected in (("2-reasoning-rl", (1.0, 0, 1.0)), ("4-all-scenarios", (1.0, 3, 0.7))):
         assert tuple(settings[name][key] for key in ("language_weight", "preference_steps", "temperature")) == expected
     assert settings["4-all-scenarios"]["reward_model"] == "runs/r1/4-reward-model/final"
     assert {settings[name]["eval_data"] for name in EVALUATED} == {"runs/r1/held-out.jsonl"}
@@ -449,8 +449,8 @@ def test_a_finished_recipe_is_left_as_it_is(finished, tmp_path, monkeypatch, cap
 DISTILL_FOLDERS = {
     "0-teacher": ("zero", "tiny"), "0-samples": ("sample", "runs/distill/0-teacher/final"),
     "a-as-it-was": ("eval", "tinier"), "b-grpo": ("zero", "tinier"), "c-many": ("sft", "tinier"),
-    "d-few": ("sft", "tinier"), "e-few-half": ("sft", "tinier"),
-    "e-then-grpo": ("zero", "runs/distill/e-few-half/final")}
+    "d-few": ("sft", "tinier"), "e-few-short": ("sft", "tinier"),
+    "e-then-grpo": ("zero", "runs/distill/e-few-short/final")}
 
 
 def test_distillation_against_reinforcement(options):
@@ -459,8 +459,8 @@ def test_distillation_against_reinforcement(options):
     assert {name: (s["stage"], s["model"]) for name, s in settings.items()} == DISTILL_FOLDERS
     facts = {name: summary(f"runs/distill/{name}") for name in DISTILL_FOLDERS}
     student = facts["a-as-it-was"]["before"]
-    assert all(student == facts[name]["before"] for name in ("b-grpo", "c-many", "d-few", "e-few-half"))
-    assert facts["e-then-grpo"]["before"] == facts["e-few-half"]["after"] != student
+    assert all(student == facts[name]["before"] for name in ("b-grpo", "c-many", "d-few", "e-few-short"))
+    assert facts["e-then-grpo"]["before"] == facts["e-few-short"]["after"] != student
     assert settings["c-many"]["data"] == "runs/distill/0-samples/examples.jsonl"
     assert len(Path("runs/distill/0-teacher/metrics.jsonl").read_text().splitlines()) == 4  # all its steps
     assert list(summary("runs/distill")["results"]) == list(DISTILL_FOLDERS)
@@ -490,7 +490,7 @@ BAD_COMMANDS = {  # arguments -> words of the one line
     "--general_data some.jsonl": "general_data some.jsonl helpful harmless",
     "--general_data nowhere.jsonl": "general_data nowhere.jsonl", "--stage sft": "data sft completion",
     "--general_data general.jsonl --reward_model nowhere": "reward_model nowhere",
-    "--general_data general.jsonl --reward_model student": "reward_model student label",
+    "--general_data general.jsonl --reward_model student": "reward_model student score",
     "--stage reward": "data reward rejected", "--stage reward --data cold.jsonl": "data reward rejected",
     "--stage sft --data cold.jsonl --max_completion_tokens 2": "max_completion_tokens",
     "--data general.jsonl": "data zero answer", "--stage r1 --model student": "cold_start r1",
