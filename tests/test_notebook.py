@@ -1,4 +1,4 @@
-"""The course: it runs, accepts solutions, refuses mistakes, is saved with its outputs, quotes no stray number."""
+"""The course: it runs, accepts solutions, refuses mistakes, is saved with outputs, quotes what it found."""
 
 import ast
 import base64
@@ -18,8 +18,8 @@ CODE = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
 TEXT = [cell.source for cell in NOTEBOOK.cells if cell.cell_type == "markdown"]
 CHECKS = dict(re.findall(r"^check\((test_\w+), (\w+)\)$", "\n".join(cell.source for cell in CODE), re.M))
 WRONG = """
-wrong = ((test_2, lambda ids, p, c: ids[ids != 0]), (test_2, "text"), (test_6, 5), (test_12, 0.7), (test_14, "a"),
-         (test_13, lambda own, teacher, n: own + teacher // n), (test_B, lambda r: r.sum()), (test_5, lambda p: 1))
+wrong = ((test_2, lambda ids, p, c: ids[ids != 0]), (test_2, "text"), (test_6, 5), (test_12, 0.7),
+         (test_13, lambda own, all, n: own + all // n), (test_B, sum), (test_5, lambda p: 1), (test_14, "a"))
 print([attempt(*pair).startswith("Not yet.") for pair in wrong])
 """
 
@@ -91,8 +91,7 @@ def test_cells_are_short():
 def test_it_repeats_nothing_of_grpo():
     own = {n for n, thing in vars(grpo).items() if inspect.isfunction(thing) or inspect.isclass(thing)}
     for cell in CODE:
-        tree = ast.parse(cell.source)
-        assert own.isdisjoint(node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)))
+        assert own.isdisjoint(getattr(node, "name", "") for node in ast.parse(cell.source).body)
     used = set(re.findall(r"grpo\.(?!py\b)(\w+)", "\n".join(cell.source for cell in CODE)))
     assert {name for name in used if not hasattr(grpo, name)} == set()
 
