@@ -2153,7 +2153,7 @@ OPENINGS = dict(
     sample="The model writes examples or preference pairs", eval="Evaluation on held-out problems",
     r1="R1 in four stages: cold start, reasoning RL, supervised training, RL for everything",
     distill="Distillation: a small student is taught, and beside it trained by GRPO")
-MINUTES = dict(zero=3, r1=7, distill=7)  # for the embedded models on one thread of a laptop
+MINUTES = dict(zero=4, r1=8, distill=10)  # for the embedded models on one thread of a laptop
 
 
 class Stopped(Exception):
@@ -2301,6 +2301,8 @@ class Run:
         """Load what the stage needs, cheap checks first -> settings, with max_rows that fit into memory."""
         cfg = self.cfg
         device, dtype = pick_device(cfg)
+        if cfg.model not in EMBEDDED:
+            load_tokenizer(cfg.model)  # a wrong name is told before any data is fetched
         self.problems, self.held_out = load_data(cfg)
         self.general, self.questions = load_general(cfg, False), load_general(cfg, True)[: cfg.eval_problems]
         path = self.load_checkpoint() if cfg.resume else None
