@@ -620,7 +620,6 @@ def join_rollout(prompts, completions, texts, logprobs):
     return Rollout(ids=pad_rows([head + ids for head, ids in zip(prompts, completions)]).to(device),
                    prompt_tokens=torch.tensor([len(ids) for ids in prompts], device=device),
                    completion_tokens=lengths.to(device), truncated=(lengths < 0).to(device),  # none is
-                  
                    sample_logprobs=logprobs[:, : int(lengths.max())], texts=list(texts))
 
 
@@ -1008,7 +1007,7 @@ def evaluate_general(model, tokenizer, questions, cfg, reward_model=None):
 
 # ---- Recipes [R1 2.2, 2.3, 2.4] ----------------------------------------------------------------------------
 # r1 and distill are made of stages, each in a folder of its own; a finished stage is not repeated. The stages
-# that do one thing only (sft, reward, sample, eval) are in the workshop.
+# that do one thing only (sft, reward, sample, eval) follow the class Run.
 
 
 def r1_zero(run):
@@ -1603,7 +1602,8 @@ class Decoder:
             self.stream, self.pool = torch.cuda.Stream(model.device), torch.cuda.graph_pool_handle()
 
     def get_seq_length(self, *_):
-        return 0  # transformers would number positions by it; they are handed over instead
+        """Always 0: transformers would number positions by it, but they are handed over."""
+        return 0
 
     def update(self, key, value, layer, *_, **__):
         """Store the keys and values of one new token of each row -> all those its query may look at."""
