@@ -121,9 +121,9 @@ Positive = Annotated[float, "a finite number above 0", lambda v: 0 < v < math.in
 Template = Annotated[str, "a text with {question} where the question goes", lambda v: "{question}" in v]
 
 
-def setting(default, help: str, paper: str = ""):
-    """Make a field of Config: its default, what it means, its unit, and the paper's value if there is one."""
-    return field(default=default, metadata={"help": help + f" [paper: {paper}]" * bool(paper)})
+def setting(default, help: str):
+    """Make a field of Config: its default; what it means, its unit, and [paper: its value there]."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Config:
         "auto", "of sampling and training; auto is bfloat16 on a GPU that has it")
 
     # prompts
-    template: Template = setting(R1_TEMPLATE, "prompt of a base model", "its Table 1")
+    template: Template = setting(R1_TEMPLATE, "prompt of a base model [paper: its Table 1]")
     chat_template: bool = setting(False, "use the tokenizer's chat template, for instruct models")
 
     # R1's stages and distillation (the embedded world has its own data for them)
@@ -155,39 +155,39 @@ class Config:
     general_data: str | None = setting(
         None, "JSON lines with question, task (helpful or harmless), completion, rejected")
     reward_model: str | None = setting(None, "classifier with one label that judges general_data")
-    preference_steps: Natural = setting(0, "last steps of zero in which half of the questions are general",
-                                        "25 of 106")
+    preference_steps: Natural = setting(
+        0, "last steps of zero in which half of the questions are general [paper: 25 of 106]")
     teacher: str | None = setting(None, "checkpoint that distill learns from")
 
     # sampling from π_old
-    prompts_per_step: Count = setting(32, "questions in one step", "512, in 16 updates of 32")
-    group_size: Group = setting(8, "G, completions of each question", "16")
-    max_completion_tokens: Count = setting(768, "longest completion, tokens", "32,768, later 65,536")
-    temperature: Positive = setting(1.0, "T of sampling and of every log-probability", "1; R1's end 0.7")
-    max_rows: Count | None = setting(None, "completions sampled at once; by default as many as memory holds")
+    prompts_per_step: Count = setting(32, "questions in one step [paper: 512, in 16 updates of 32]")
+    group_size: Group = setting(8, "G, completions of each question [paper: 16]")
+    max_completion_tokens: Count = setting(768, "longest completion, tokens [paper: 32,768, later 65,536]")
+    temperature: Positive = setting(1.0, "T of sampling and of log-probabilities [paper: 1; R1's end 0.7]")
+    max_rows: Natural = setting(0, "completions sampled at once, in whole groups; 0: as many as memory holds")
 
     # rewards (the accuracy reward has weight 1)
-    format_weight: Weight = setting(1.0, "weight of the format reward", "1")
-    language_weight: Weight = setting(0.0, "weight of the reward for English thoughts", "R1-Zero 0, R1 1")
+    format_weight: Weight = setting(1.0, "weight of the format reward [paper: 1]")
+    language_weight: Weight = setting(0.0, "weight of the reward for English thoughts [paper: 0, in R1 1]")
 
     # supervised training
-    sft_epochs: Count = setting(2, "passes over the examples", "2 to 3")
-    sft_batch_size: Count = setting(128, "examples in one update", "128")
-    sft_learning_rate: Positive = setting(1e-5, "at the start; it falls to a tenth", "5e-5")
-    rejection_samples: Count = setting(4, "completions of each problem in rejection sampling", "several")
+    sft_epochs: Count = setting(2, "passes over the examples [paper: 2 to 3]")
+    sft_batch_size: Count = setting(128, "examples in one update [paper: 128]")
+    sft_learning_rate: Positive = setting(1e-5, "at the start; it falls to a tenth [paper: 5e-5]")
+    rejection_samples: Count = setting(4, "completions of a problem in rejection sampling [paper: several]")
 
     # GRPO
-    steps: Count = setting(200, "sampling rounds", "650, of 16 updates each")
-    updates_per_rollout: Count = setting(2, "optimizer steps on one round's completions", "16")
-    learning_rate: Positive = setting(1e-6, "of AdamW", "3e-6")
-    clip_eps: Positive = setting(0.2, "ε, the gradient is cut where the ratio leaves 1 ± ε", "10 for R1")
-    clip_eps_high: Positive | None = setting(None, "ε of the upper bound, if it differs (DAPO: 0.28)")
-    kl_coef: Weight = setting(0.001, "β, weight of the KL to the reference model; 0 loads none", "0.001")
-    ref_every: Natural = setting(0, "steps until the reference becomes the policy; 0: never", "25")
+    steps: Count = setting(200, "sampling rounds [paper: 650, of 16 updates each]")
+    updates_per_rollout: Count = setting(2, "optimizer steps on one round's completions [paper: 16]")
+    learning_rate: Positive = setting(1e-6, "of AdamW [paper: 3e-6]")
+    clip_eps: Positive = setting(0.2, "ε, the gradient is cut where the ratio leaves 1±ε [paper: 10 for R1]")
+    clip_eps_high: Weight = setting(0.0, "ε of the upper bound (DAPO: 0.28); 0: that of the lower")
+    kl_coef: Weight = setting(0.001, "β, weight of the KL to a reference; 0 loads none [paper: 0.001]")
+    ref_every: Natural = setting(0, "steps until the reference becomes the policy; 0: never [paper: 25]")
     loss_average: Literal["sequence", "token", "constant"] = setting(
         "sequence", "mean over each completion (GRPO), over all tokens (DAPO), or a sum over "
-        "max_completion_tokens (Dr. GRPO)", "sequence")
-    scale_advantages: bool = setting(True, "divide by the group's standard deviation (Dr. GRPO: no)", "yes")
+        "max_completion_tokens (Dr. GRPO) [paper: sequence]")
+    scale_advantages: bool = setting(True, "divide by the group's deviation (Dr. GRPO: no) [paper: yes]")
     mask_truncated: bool = setting(False, "take truncated completions out of the loss (DAPO)")
 
     # memory
@@ -197,25 +197,21 @@ class Config:
     # evaluation
     eval_every: Natural = setting(25, "steps between evaluations; 0: only before and after training")
     eval_problems: Count = setting(128, "problems evaluated")
-    eval_samples: Count = setting(8, "completions of each of them", "4 to 64")
-    eval_temperature: Weight = setting(0.6, "T of evaluation; 0 is greedy", "0.6, top-p 0.95")
+    eval_samples: Count = setting(8, "completions of each of them [paper: 4 to 64]")
+    eval_temperature: Weight = setting(0.6, "T of evaluation; 0 is greedy [paper: 0.6, top-p 0.95]")
     sample_every: Natural = setting(20, "steps between completions shown in full; 0: none")
 
     def __post_init__(self):
         for name, hint in get_type_hints(Config, include_extras=True).items():
-            value = getattr(self, name)
-            if get_origin(hint) is Literal and value not in get_args(hint):
-                raise InputError(f"{name} is {value!r}; it must be one of {', '.join(get_args(hint))}")
-            for kind in (hint, *get_args(hint)):  # of a type that may be None, the type itself too
-                rule, allowed = getattr(kind, "__metadata__", ("", None))
-                if allowed and value is not None and not allowed(value):
-                    raise InputError(f"{name} is {value!r}; it must be {rule}")
-        rows, group = self.prompts_per_step * self.group_size, max(self.group_size, self.eval_samples)
+            value, kind, parts = getattr(self, name), get_origin(hint), get_args(hint)
+            if kind is Literal and value not in parts:
+                raise InputError(f"{name} is {value!r}; it must be one of {', '.join(parts)}")
+            if kind is Annotated and not parts[2](value):
+                raise InputError(f"{name} is {value!r}; it must be {parts[1]}")
+        rows = self.prompts_per_step * self.group_size
         if rows % self.updates_per_rollout:
             raise InputError(f"updates_per_rollout is {self.updates_per_rollout}; it must divide the {rows} "
                              f"completions of a step")
-        if self.max_rows and self.max_rows < group:
-            raise InputError(f"max_rows is {self.max_rows}; it must hold a group, which has up to {group}")
         needed = {} if is_tiny(self.model) else dict(r1=["cold_start", "general_data"], distill=["teacher"])
         if self.stage == "zero" and self.preference_steps:
             needed = dict(zero=["general_data", "reward_model"])
@@ -330,7 +326,7 @@ def update_policy(policy, optimizer, rollout, cfg, learning_rate):
         logprobs, entropy = token_logprobs(policy, part, cfg.temperature, return_entropy=True)
         loss, stats = grpo_loss(
             logprobs, part.old_logprobs, part.ref_logprobs, part.advantages, in_loss[rows, :width],
-            weights[rows, :width], clip_eps=cfg.clip_eps, clip_eps_high=cfg.clip_eps_high,
+            weights[rows, :width], clip_eps=cfg.clip_eps, clip_eps_high=cfg.clip_eps_high or None,
             kl_coef=cfg.kl_coef)
         loss.backward()
         optimizer.accumulate()

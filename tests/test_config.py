@@ -53,10 +53,10 @@ LIMITS = {  # what is just allowed, and what is not any more
     "group_size": (2, 1), "steps": (1, 0), "prompts_per_step": (1, 0), "max_completion_tokens": (1, 0),
     "micro_batch_tokens": (1, 0), "save_every": (1, 0), "sft_epochs": (1, 0), "sft_batch_size": (1, 0),
     "rejection_samples": (1, 0), "eval_problems": (1, 0), "eval_samples": (1, 0), "updates_per_rollout": (1, 0),
-    "max_rows": (8, 0), "seed": (0, -1), "ref_every": (0, -1), "eval_every": (0, -1), "sample_every": (0, -1),
+    "max_rows": (0, -1), "seed": (0, -1), "ref_every": (0, -1), "eval_every": (0, -1), "sample_every": (0, -1),
     "kl_coef": (0.0, -0.1), "format_weight": (0.0, -1.0), "language_weight": (0.0, -1.0),
     "eval_temperature": (0.0, -1.0), "temperature": (0.1, 0.0), "learning_rate": (1e-9, 0.0), "clip_eps": (10.0, 0.0),
-    "clip_eps_high": (0.3, 0.0), "sft_learning_rate": (1.0, 0.0),
+    "clip_eps_high": (0.0, -0.1), "sft_learning_rate": (1.0, 0.0),
     "template": ("{question}", "question")}
 
 
@@ -71,7 +71,6 @@ def test_every_limit_lies_where_it_should():
 
 @pytest.mark.parametrize("settings, told", [
     (dict(prompts_per_step=3, group_size=3), "updates_per_rollout is 2; it must divide the 9"),
-    (dict(max_rows=4, eval_samples=2), "max_rows is 4;.* 8"), (dict(max_rows=8, eval_samples=9), "max_rows is 8;.* 9"),
     (dict(loss_average="mean"), "one of sequence, token, constant"), (dict(stage="r1"), "cold_start is None"),
     (dict(stage="r1", cold_start="a"), "general_data is None"), (dict(stage="distill"), "teacher is None"),
     (dict(preference_steps=1), "general_data is None"), (dict(preference_steps=-1), "preference_steps is -1"),
