@@ -1031,7 +1031,6 @@ def r1_zero(run):
                 break
     run.facts["after"] = run.evaluate(step)
     run.save_model("final")
-    run.finish()
 
 
 def r1(run):
@@ -1061,7 +1060,6 @@ def r1(run):
     run.stage("4-all-scenarios", "zero", model=dev3, language_weight=language_weight, temperature=0.7,
               preference_steps=cfg.preference_steps or cfg.steps * 9 // 10, reward_model=judge,
               kl_coef=cfg.kl_coef or 0.03, eval_every=0, **shown)
-    run.finish()
 
 
 def distill(run):
@@ -1088,7 +1086,6 @@ def distill(run):
     short = run.stage("e-few-short", "sft", model=student, data=few, sft_epochs=passes // 6)
     run.stage("e-then-grpo", "zero", model=short, steps=max(1, cfg.steps * 3 // 4),
               learning_rate=0.4 * cfg.learning_rate)
-    run.finish()
 
 
 # ========================================== Part two: the workshop ==========================================
@@ -2267,8 +2264,8 @@ class Run:
         self.general, self.questions = load_general(cfg, False), load_general(cfg, True)[: cfg.eval_problems]
         path = self.load_checkpoint() if cfg.resume else None
         if not path and cfg.model in EMBEDDED:
-            base = f"runs/{cfg.model.replace('tiny', 'base')}-seed{cfg.seed}"
-            path = build_base_model(base, cfg.seed, width=EMBEDDED[cfg.model])
+            path = build_base_model(f"runs/{cfg.model.replace('tiny', 'base')}-seed{cfg.seed}", cfg.seed,
+                                    width=EMBEDDED[cfg.model])
         path = str(path or cfg.model)
         self.tokenizer = load_tokenizer(path)
         if cfg.stage == "reward":
@@ -2306,7 +2303,7 @@ class Run:
 
     def log_step(self, m, rollout, batch):
         """Show and log a step: its numbers, what looks wrong in them, and now and then a completion."""
-        history = self.log("metrics.jsonl", {**m, "seconds": time.perf_counter() - self.began})
+        history = self.log("metrics.jsonl", m)
         if len(history) % 20 == 1:
             show(TITLES if len(history) > 1 else LEGEND + TITLES)
         show(STEP.format(**m))
@@ -2345,8 +2342,7 @@ class Run:
         folder = self.folder / "checkpoint" / f"step-{state['step']:06d}"
         for old in sorted(folder.parent.glob("step-*"))[:-1]:
             shutil.rmtree(old)
-        own = dict(facts=self.facts, logs=self.logs, seconds=time.perf_counter() - self.began)
-        save_model(self.policy, self.tokenizer, folder, {**state, **own})
+        save_model(self.policy, self.tokenizer, folder, {**state, "facts": self.facts, "logs": self.logs})
 
     def load_checkpoint(self):
         """Take up the newest whole checkpoint -> its folder; what was logged after it is done again."""
@@ -2356,7 +2352,6 @@ class Run:
             if read_json(folder / "files.json") == digests(folder):
                 self.state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
                 self.facts, self.logs = self.state["facts"], self.state["logs"]
-                self.began -= self.state["seconds"]
                 for name in self.logs:
                     self.log(name)
                 return folder
@@ -2386,13 +2381,13 @@ class Run:
         carry_out(Run(dataclasses.replace(self.cfg, stage=stage, output_dir=str(folder), resume=begun,
                                           **{**self.shared, **changes})))
         facts = read_json(folder / "summary.json")
-        result = dict(facts.get("after", facts.get("before", {})), seconds=facts["seconds"])
-        self.facts.setdefault("results", {})[name] = result
+        evaluation = facts.get("after", facts.get("before", {}))
+        self.facts.setdefault("results", {})[name] = {**evaluation, "seconds": facts["seconds"]}
         return str(folder / "final")
 
-    def finish(self, **facts):
+    def finish(self):
         """Write summary.json, which tells that the stage is finished, and show what came out."""
-        facts, seconds = {**self.facts, **facts}, time.perf_counter() - self.began
+        facts, seconds = self.facts, time.perf_counter() - self.began
         summary = dict(steps=self.cfg.steps, seconds=seconds, torch=torch.__version__, **facts)
         write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         both = {name: facts[name] for name in ("before", "after") if name in facts}
@@ -2427,7 +2422,7 @@ def finishing_steps():
 
     def note(signum, _):
         if noted:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(signum)
         noted.append(signum)
         show("finishing this step, then saving; once more to end at once")
 
@@ -2460,8 +2455,7 @@ def doctor(history):
     findings = {
         "most completions are cut off: raise max_completion_tokens": m["truncated"] > 0.5,
         "most groups are flat: take easier problems or a larger group_size": m["flat_groups"] > 0.8 and weak,
-        "the policy moves far in a step: lower learning_rate":
-            m["clip_fraction"] > 0.3 or abs(m["ratio"] - 1) > 0.2,
+        "the policy moves far in a step: lower learning_rate": m["clip_fraction"] > 0.3,
         "entropy explodes: learning_rate is probably too high": m["entropy"] > 2 * first + 0.5,
         "entropy has collapsed: learning_rate is probably too high": m["entropy"] < 0.02 and weak,
         "accuracy has fallen far from its best: lower learning_rate": m["accuracy"] < best - 0.3,
@@ -2485,10 +2479,11 @@ def sft(run):
     cfg = run.prepare()
     before, began = run.evaluate(0), time.perf_counter()
     losses = train_sft(run.policy, run.tokenizer, run.problems, cfg)
-    run.facts.update(train_seconds=time.perf_counter() - began, first_loss=losses[0], last_loss=losses[-1])
+    seconds = time.perf_counter() - began
     show(f"loss      {losses[0]:.3f} in the first update, {losses[-1]:.3f} in the last of {len(losses)}")
     run.save_model("final")
-    run.finish(before=before, after=run.evaluate(len(losses)))
+    run.facts.update(first_loss=losses[0], last_loss=losses[-1], train_seconds=seconds, before=before,
+                     after=run.evaluate(len(losses)))
 
 
 def reward_model(run):
@@ -2500,7 +2495,7 @@ def reward_model(run):
     accuracy = mean(map(operator.gt, chosen, rejected))
     show(f"judge     scores the better reply higher in {accuracy:.1%} of {len(chosen)} held-out pairs")
     run.save_model("final")
-    run.finish(first_loss=losses[0], last_loss=losses[-1], held_out_accuracy=accuracy)
+    run.facts.update(first_loss=losses[0], last_loss=losses[-1], held_out_accuracy=accuracy)
 
 
 def sample(run):
@@ -2509,22 +2504,21 @@ def sample(run):
     if cfg.general_data:
         given = [row for row in load_problems(cfg.general_data, whole=True) if row.rejected]
         write_problems(run.folder / "pairs.jsonl", preference_pairs(run.policy, run.tokenizer, given, cfg))
-        return run.finish()
+        return
     examples, faults = rejection_sample(run.policy, run.tokenizer, run.problems, cfg)
     if not examples:
         raise RunError(f"no completion of {cfg.model} is fit to learn from: {dict(faults)}; use easier data")
     write_problems(run.folder / "examples.jsonl", examples)
     show(f"examples  {len(examples):,}, of {faults.total():,} completions: {dict(faults)}")
-    run.finish(faults=dict(faults))
+    run.facts["faults"] = dict(faults)
 
 
 def evaluation(run):
     """Evaluation [R1 3] of any checkpoint on any data: of a file, the first eval_problems."""
     run.prepare()
     samples = []
-    result = run.evaluate(0, samples)
+    run.facts["before"] = run.evaluate(0, samples)
     run.log("samples.jsonl", *samples)
-    run.finish(before=result)
 
 
 STAGES = {"zero": r1_zero, "sft": sft, "reward": reward_model, "sample": sample, "eval": evaluation, "r1": r1,
@@ -2556,12 +2550,12 @@ def build_parser():
         usage="python grpo.py [--SETTING VALUE ...]", description=EXAMPLES, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS)  # only what was typed counts
-    parser.error, group, hints = refuse, None, get_type_hints(Config)
+    parser.error, hints = refuse, get_type_hints(Config)
     for f in dataclasses.fields(Config):
-        group = parser.add_argument_group(GROUPS[f.name]) if f.name in GROUPS else group
+        if f.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[f.name])
         hint = hints[f.name]
-        kind = hint if hint in (int, float) else str
-        words = dict(type=kind, metavar=kind.__name__.upper())
+        words = dict(type=hint if hint in (int, float) else str, metavar="VALUE")
         if hint is bool:
             words = dict(action=argparse.BooleanOptionalAction)
         elif get_origin(hint) is Literal:
@@ -2608,6 +2602,7 @@ def carry_out(run):
             if getattr(cfg, name) not in (None, *EMBEDDED):
                 load_tokenizer(getattr(cfg, name), name)
         STAGES[cfg.stage](run)
+        run.finish()
     except (InputError, OSError):
         if not cfg.resume and not any(run.folder.glob("*/")):  # no checkpoint, and no stage of a recipe
             shutil.rmtree(run.folder, ignore_errors=True)
