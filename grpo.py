@@ -392,16 +392,15 @@ def format_reward(completion: str, problem: Problem) -> float:
     return float(bool(once and parts and parts[1].strip() and parts[2].strip()))
 
 
-def language_reward(completion: str, problem: Problem, language: str = "en") -> float:
-    """The share of the words of the thoughts that are in the target language, en or zh [R1 2.3.2, N Eq. 7].
+def language_reward(completion: str, problem: Problem) -> float:
+    """The share of words in Latin letters among the words of the thoughts [R1 2.3.2, N Eq. 7].
 
     A CJK ideograph is a word, and so is a run of other letters; numbers and LaTeX are neutral. 1 if none.
     """
     thoughts = (completion.rpartition("</think>")[0] or completion).rpartition("<think>")[2]
     thoughts = re.sub(r"\$[^$]*\$|\\[A-Za-z]+|<[^<>\s]*>", " ", thoughts)
     words = re.findall(r"[\u3400-\u9fff]|[^\W\d_\u3400-\u9fff]+", thoughts)
-    script = {"en": "LATIN", "zh": "CJK"}[language]
-    return mean(unicodedata.name(word[0], "").startswith(script) for word in words) if words else 1.0
+    return mean(unicodedata.name(word[0], "").startswith("LATIN") for word in words) if words else 1.0
 
 
 def reflects(text):
@@ -432,10 +431,10 @@ def score(rollout, batch, cfg, reward_model=None):
 
 def judged_part(completion, problem):
     """A reward model sees the final part of a helpful answer, and all of a harmless one [N]."""
-    _, closed, final = completion.rpartition("</think>")
+    final = completion.rpartition("</think>")[2]
     if problem.task == "harmless":
         return completion
-    return final.strip() if closed or "<think>" not in completion else ""  # still thinking: no answer
+    return "" if "<think>" in final else final.strip()  # still thinking: no answer
 
 
 class RewardModel:
@@ -1093,7 +1092,7 @@ class Problem:
     answer: str = ""  # the reference
     task: str = "math"  # who judges: a rule (math, countdown, code) or a reward model (helpful, harmless)
     numbers: tuple[int, ...] = ()  # countdown: what the expression is made of; the answer is its target
-    tests: tuple[str, ...] = ()  # code: assert lines
+    tests: tuple = ()  # code: assert lines
     completion: str = ""  # an example to learn from
     rejected: str = ""  # with it, a pair: `completion` was preferred to this one
 
@@ -2074,7 +2073,7 @@ def run_tests(program, tests, time_limit_seconds=5, memory_limit_mb=512):
                 env={"SYSTEMROOT": os.environ.get("SYSTEMROOT", "")},  # Windows cannot do without
                 stdin=subprocess.PIPE, stdout=output, stderr=subprocess.DEVNULL)
             try:
-                process.communicate(json.dumps([password, *tests]).encode(), time_limit_seconds)
+                process.communicate(json.dumps([password, *tests]).encode(), timeout=time_limit_seconds)
             finally:
                 with contextlib.suppress(AttributeError, OSError):  # Windows has no process groups
                     os.killpg(process.pid, signal.SIGKILL)  # and all that it started
@@ -2199,7 +2198,7 @@ def load_data(cfg):
     field = dict(sft="completion", reward="rejected").get(cfg.stage, "answer")
     fits = verifies if field == "answer" else operator.attrgetter(field)
     judged = fits if cfg.stage == "reward" else verifies
-    whole, name = bool(cfg.eval_data) or cfg.stage == "eval", "eval_data" if cfg.eval_data else "data"
+    whole, name = cfg.eval_data or cfg.stage == "eval", "eval_data" if cfg.eval_data else "data"
     rows = load_problems(getattr(cfg, name), True, whole, name)
     held_out = [row for row in rows if judged(row)][: cfg.eval_problems]
     taken = {problem.key for problem in held_out}

@@ -501,8 +501,6 @@ def test_format_reward(text, reward):
 )
 def test_language_reward(text, share):
     assert grpo.language_reward(text, math("")) == pytest.approx(share)
-    if text and share < 1 and "да" not in text:
-        assert grpo.language_reward(text, math(""), "zh") == pytest.approx(1 - share)
 
 
 SQUARE = Problem("q", task="code", tests=("assert square(2) == 4", "assert square(-3) == 9"))
@@ -587,7 +585,7 @@ def test_code_has_no_environment_no_handles_and_its_own_folder(monkeypatch):
         f"import os\ntry: os.fstat({writer}); handle = True\nexcept OSError: handle = False\n"
         "open('here', 'w').write('left')"
     )
-    tests = "'SECRET_TOKEN' not in os.environ", f"os.getcwd() != {os.getcwd()!r}", "not handle", "os.path.exists('here')"
+    tests = "'SECRET_TOKEN' not in os.environ", f"os.getcwd() != {os.getcwd()!r}", "not handle", "os.stat('here')"
     assert grpo.run_tests(program, [f"assert {test}" for test in tests]) == "right"
     assert grpo.run_tests(program, ["assert handle"]) == "wrong" and not os.path.exists("here")
     os.close(reader)
