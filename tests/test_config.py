@@ -140,10 +140,9 @@ def write(folder, *lines, name="problems.jsonl"):
 @pytest.mark.parametrize("field, line", [
     ("", "{"), ("", "hello"), ("", "[1]"), ("", "3"), ("", "[" * 10**5), ("question", '{"answer": "1"}'),
     *(("question", f'{{"question": {value}, "answer": "1"}}') for value in ("3", '""', "null", '["q"]')),
-    ("answer", '{"question": "q"}'), ("answer", '{"question": "q", "task": "math"}'),
-    *(("answer", f'{{"question": "q", "answer": {value}}}') for value in ("null", '""', "true", '["1"]')),
+    *(("answer", f'{{"question": "q", "answer": {value}}}') for value in ("null", "true", '["1"]')),
     *(("tests", f'{{"question": "q", "tests": {value}}}')
-      for value in ('"assert f(1)"', "5", "[3]", '[{"input": "1"}]', '[{"input": 1, "output": 2}]', '{"a": "1"}')),
+      for value in ('"assert f(1)"', "5", "[3]", '["assert f(1)", {}]', '{"a": "1"}')),
     *(("numbers", f'{{"question": "q", "answer": "1", "numbers": {value}}}') for value in ("5", '["x"]', "[1.5]")),
     ("completion", '{"question": "q", "completion": 3}'),
     ("rejected", '{"question": "q", "task": "helpful", "completion": "a", "rejected": ["b"]}')])
@@ -173,7 +172,7 @@ def test_a_file_without_problems_or_without_utf8_is_named(tmp_path):
         read_problems(str(tmp_path / "latin.jsonl"))
 
 
-ASSERT, PAIR = "assert f(1) == 2", {"input": "1", "output": "2"}
+ASSERT = "assert f(1) == 2"
 
 
 @pytest.mark.parametrize("row, expected", [
@@ -183,7 +182,7 @@ ASSERT, PAIR = "assert f(1) == 2", {"input": "1", "output": "2"}
     ({"question": "q", "answer": "3 + 4 = 7 so\n#### 7"}, ("q", "7", "math", (), ())),
     ({"question": "q", "answer": "24", "numbers": [1, 2, 12]}, ("q", "24", "countdown", (1, 2, 12), ())),
     ({"question": "q", "tests": [ASSERT]}, ("q", "", "code", (), (ASSERT,))),
-    ({"question": "q", "answer": "x", "tests": [PAIR]}, ("q", "x", "code", (), (PAIR,))),
+    ({"question": "q", "answer": "x", "tests": [ASSERT] * 2}, ("q", "x", "code", (), (ASSERT,) * 2)),
     ({"question": "a\u2028b\u0085c", "answer": "天"}, ("a\u2028b\u0085c", "天", "math", (), ())),
     ({"question": "q", "task": "helpful"}, ("q", "", "helpful", (), ())),
     ({"question": "q", "completion": "c"}, ("q", "", "math", (), (), "c", "")),
@@ -228,7 +227,7 @@ def data_config(path, **settings):
 
 def test_no_problem_is_trained_and_evaluated_on_and_bad_references_are_counted(tmp_path, capsys):
     rows = [json.dumps({"question": f"q {i}", "answer": str(i)}) for i in range(60)]
-    bad = [json.dumps({"question": f"bad {i}", "answer": "9" * 400}) for i in range(7)]
+    bad = [json.dumps({"question": f"bad {i}", "answer": "9" * 400 * (i % 2)}) for i in range(7)]  # "": no answer
     other = write(tmp_path, *rows[50:], name="other.jsonl")
     problems, held_out = grpo.load_data(data_config(write(tmp_path, *rows, *bad), eval_data=other))
     assert {p.question for p in problems} == {f"q {i}" for i in range(50)} and len(held_out) == 10
