@@ -2087,11 +2087,7 @@ OPENINGS = dict(
     r1="R1 in four stages: cold start, reasoning RL, supervised training, RL for everything",
     distill="Distillation: a small student is taught, and beside it trained by GRPO")
 MINUTES = dict(zero=4, r1=8, distill=10)  # for the embedded models on one thread of a laptop
-
-
-def show(text):
-    """Print a line that breaks no progress bar."""
-    tqdm.write(text)
+show = tqdm.write  # it prints a line without breaking a progress bar
 
 
 def read_json(path):
@@ -2225,7 +2221,7 @@ class Run:
         return fit_into_memory(cfg, learner, self.check_prompts())
 
     def check_prompts(self):
-        """Show a prompt, and refuse prompts that leave the model no room -> tokens of the longest."""
+        """Show a prompt as the model sees it, and refuse what is too long -> tokens of the longest prompt."""
         rows = (*self.held_out, *self.problems, *self.general, *self.questions)
         encoded = [encode_prompt(self.tokenizer, render_prompt(self.tokenizer, row.question, self.cfg))
                    for row in rows]
@@ -2235,11 +2231,11 @@ class Run:
             raise InputError(f"max_completion_tokens is {limit}; with the {longest} of the longest prompt "
                              f"it passes the {positions} positions of the model")
         stops = self.tokenizer.convert_ids_to_tokens(sorted(stop_token_ids(self.learner, self.tokenizer)))
-        show(f"prompt    {self.tokenizer.decode(encoded[0])!r}; stop tokens {stops}")  # with unknown words
+        show(f"prompt    {self.tokenizer.decode(encoded[0])!r}; stop tokens {stops}")
         return longest
 
     def log(self, name, *rows):
-        """Add rows to a log and write it -> all its rows; JSON knows finite numbers only, others are None."""
+        """Add rows to a log and write it whole -> its rows; a number that is not finite becomes None."""
         log = self.logs.setdefault(name, [])
         for row in rows:
             log.append({key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -2535,7 +2531,7 @@ def parse_args(argv):
 
 
 def carry_out(run):
-    """Carry out a stage from its first words to its summary; if it fails before it saves, its folder goes."""
+    """Carry out a run from its first sentence to its summary; if it fails too early, its folder goes."""
     cfg = run.cfg
     try:
         summary = read_json(run.folder / "summary.json")
