@@ -302,10 +302,12 @@ def batch_of_problems(problems, step, cfg):
 
     This is a function of seed and step alone, so a resumed run needs no other memory of its place.
     """
+    @functools.cache
+    def order(epoch):
+        return random.Random(f"{cfg.seed}/{epoch}").sample(problems, len(problems))
+
     places = range((step - 1) * cfg.prompts_per_step, step * cfg.prompts_per_step)
-    orders = {epoch: random.Random(f"{cfg.seed}/{epoch}").sample(problems, len(problems))
-              for epoch in {place // len(problems) for place in places}}
-    return [orders[place // len(problems)][place % len(problems)] for place in places]
+    return [order(place // len(problems))[place % len(problems)] for place in places]
 
 
 @torch.no_grad()
@@ -1053,8 +1055,7 @@ def distill(run):
     cfg = run.begin_recipe()
     student = "tinier" if cfg.model == "tiny" else cfg.model
     teacher = cfg.teacher or run.stage("0-teacher", "zero", language_weight=1.0)
-    template = TINY["template"] if is_tiny(teacher) else cfg.template
-    run.stage("0-samples", "sample", model=teacher, template=template)
+    run.stage("0-samples", "sample", model=teacher)
     many = str(run.folder / "0-samples" / "examples.jsonl")
     rows = read_problems(many)
     few = write_problems(run.folder / "few.jsonl", rows[:100])
