@@ -121,9 +121,9 @@ Positive = Annotated[float, "a finite number above 0", lambda v: 0 < v < math.in
 Template = Annotated[str, "a text with {question} where the question goes", lambda v: "{question}" in v]
 
 
-def setting(default, help: str, paper: str = ""):
-    """Make a field of Config: its default, what it means, its unit, and the paper's value if there is one."""
-    return field(default=default, metadata={"help": help + f" [paper: {paper}]" * bool(paper)})
+def setting(default, help: str):
+    """Make a field of Config: its default; what it means, its unit, and [paper: its value there]."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -145,77 +145,65 @@ class Config:
     device: str = setting("auto", "auto (cuda where there is one), cpu, cuda, cuda:1, …")
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "of sampling and training; auto is bfloat16 on a GPU that has it")
-
     # prompts
-    template: Template = setting(R1_TEMPLATE, "prompt of a base model", "its Table 1")
+    template: Template = setting(R1_TEMPLATE, "prompt of a base model [paper: its Table 1]")
     chat_template: bool = setting(False, "use the tokenizer's chat template, for instruct models")
-
     # R1's stages and distillation (the embedded world has its own data for them)
     cold_start: str | None = setting(None, "JSON lines with question and completion: R1's first examples")
     general_data: str | None = setting(
         None, "JSON lines with question, task (helpful or harmless), completion, rejected")
     reward_model: str | None = setting(None, "classifier with one label that judges general_data")
-    preference_steps: Natural = setting(0, "last steps of zero in which half of the questions are general",
-                                        "25 of 106")
+    preference_steps: Natural = setting(
+        0, "last steps of zero in which half of the questions are general [paper: 25 of 106]")
     teacher: str | None = setting(None, "checkpoint that distill learns from")
-
     # sampling from π_old
-    prompts_per_step: Count = setting(32, "questions in one step", "512, in 16 updates of 32")
-    group_size: Group = setting(8, "G, completions of each question", "16")
-    max_completion_tokens: Count = setting(768, "longest completion, tokens", "32,768, later 65,536")
-    temperature: Positive = setting(1.0, "T of sampling and of every log-probability", "1; R1's end 0.7")
-    max_rows: Count | None = setting(None, "completions sampled at once; by default as many as memory holds")
-
+    prompts_per_step: Count = setting(32, "questions in one step [paper: 512, in 16 updates of 32]")
+    group_size: Group = setting(8, "G, completions of each question [paper: 16]")
+    max_completion_tokens: Count = setting(768, "longest completion, tokens [paper: 32,768, later 65,536]")
+    temperature: Positive = setting(1.0, "T of sampling and of log-probabilities [paper: 1; R1's end 0.7]")
+    max_rows: Natural = setting(0, "completions sampled at once, in whole groups; 0: as many as memory holds")
     # rewards (the accuracy reward has weight 1)
-    format_weight: Weight = setting(1.0, "weight of the format reward", "1")
-    language_weight: Weight = setting(0.0, "weight of the reward for English thoughts", "R1-Zero 0, R1 1")
-
+    format_weight: Weight = setting(1.0, "weight of the format reward [paper: 1]")
+    language_weight: Weight = setting(0.0, "weight of the reward for English thoughts [paper: 0, in R1 1]")
     # supervised training
-    sft_epochs: Count = setting(2, "passes over the examples", "2 to 3")
-    sft_batch_size: Count = setting(128, "examples in one update", "128")
-    sft_learning_rate: Positive = setting(1e-5, "at the start; it falls to a tenth", "5e-5")
-    rejection_samples: Count = setting(4, "completions of each problem in rejection sampling", "several")
-
+    sft_epochs: Count = setting(2, "passes over the examples [paper: 2 to 3]")
+    sft_batch_size: Count = setting(128, "examples in one update [paper: 128]")
+    sft_learning_rate: Positive = setting(1e-5, "at the start; it falls to a tenth [paper: 5e-5]")
+    rejection_samples: Count = setting(4, "completions of a problem in rejection sampling [paper: several]")
     # GRPO
-    steps: Count = setting(200, "sampling rounds", "650, of 16 updates each")
-    updates_per_rollout: Count = setting(2, "optimizer steps on one round's completions", "16")
-    learning_rate: Positive = setting(1e-6, "of AdamW", "3e-6")
-    clip_eps: Positive = setting(0.2, "ε, the gradient is cut where the ratio leaves 1 ± ε", "10 for R1")
-    clip_eps_high: Positive | None = setting(None, "ε of the upper bound, if it differs (DAPO: 0.28)")
-    kl_coef: Weight = setting(0.001, "β, weight of the KL to the reference model; 0 loads none", "0.001")
-    ref_every: Natural = setting(0, "steps until the reference becomes the policy; 0: never", "25")
+    steps: Count = setting(200, "sampling rounds [paper: 650, of 16 updates each]")
+    updates_per_rollout: Count = setting(2, "optimizer steps on one round's completions [paper: 16]")
+    learning_rate: Positive = setting(1e-6, "of AdamW [paper: 3e-6]")
+    clip_eps: Positive = setting(0.2, "ε, the gradient is cut where the ratio leaves 1±ε [paper: 10 for R1]")
+    clip_eps_high: Weight = setting(0.0, "ε of the upper bound (DAPO: 0.28); 0: that of the lower")
+    kl_coef: Weight = setting(0.001, "β, weight of the KL to a reference; 0 loads none [paper: 0.001]")
+    ref_every: Natural = setting(0, "steps until the reference becomes the policy; 0: never [paper: 25]")
     loss_average: Literal["sequence", "token", "constant"] = setting(
         "sequence", "mean over each completion (GRPO), over all tokens (DAPO), or a sum over "
-        "max_completion_tokens (Dr. GRPO)", "sequence")
-    scale_advantages: bool = setting(True, "divide by the group's standard deviation (Dr. GRPO: no)", "yes")
+        "max_completion_tokens (Dr. GRPO) [paper: sequence]")
+    scale_advantages: bool = setting(True, "divide by the group's deviation (Dr. GRPO: no) [paper: yes]")
     mask_truncated: bool = setting(False, "take truncated completions out of the loss (DAPO)")
-
     # memory
     micro_batch_tokens: Count = setting(16_384, "tokens in one forward and backward pass, with padding")
     gradient_checkpointing: bool = setting(True, "recompute activations in the backward pass")
-
     # evaluation
     eval_every: Natural = setting(25, "steps between evaluations; 0: only before and after training")
     eval_problems: Count = setting(128, "problems evaluated")
-    eval_samples: Count = setting(8, "completions of each of them", "4 to 64")
-    eval_temperature: Weight = setting(0.6, "T of evaluation; 0 is greedy", "0.6, top-p 0.95")
+    eval_samples: Count = setting(8, "completions of each of them [paper: 4 to 64]")
+    eval_temperature: Weight = setting(0.6, "T of evaluation; 0 is greedy [paper: 0.6, top-p 0.95]")
     sample_every: Natural = setting(20, "steps between completions shown in full; 0: none")
 
     def __post_init__(self):
         for name, hint in get_type_hints(Config, include_extras=True).items():
-            value = getattr(self, name)
-            if get_origin(hint) is Literal and value not in get_args(hint):
-                raise InputError(f"{name} is {value!r}; it must be one of {', '.join(get_args(hint))}")
-            for kind in (hint, *get_args(hint)):  # of a type that may be None, the type itself too
-                rule, allowed = getattr(kind, "__metadata__", ("", None))
-                if allowed and value is not None and not allowed(value):
-                    raise InputError(f"{name} is {value!r}; it must be {rule}")
-        rows, group = self.prompts_per_step * self.group_size, max(self.group_size, self.eval_samples)
+            value, kind, parts = getattr(self, name), get_origin(hint), get_args(hint)
+            if kind is Literal and value not in parts:
+                raise InputError(f"{name} is {value!r}; it must be one of {', '.join(parts)}")
+            if kind is Annotated and not parts[2](value):
+                raise InputError(f"{name} is {value!r}; it must be {parts[1]}")
+        rows = self.prompts_per_step * self.group_size
         if rows % self.updates_per_rollout:
             raise InputError(f"updates_per_rollout is {self.updates_per_rollout}; it must divide the {rows} "
                              f"completions of a step")
-        if self.max_rows and self.max_rows < group:
-            raise InputError(f"max_rows is {self.max_rows}; it must hold a group, which has up to {group}")
         needed = {} if is_tiny(self.model) else dict(r1=["cold_start", "general_data"], distill=["teacher"])
         if self.stage == "zero" and self.preference_steps:
             needed = dict(zero=["general_data", "reward_model"])
@@ -289,7 +277,8 @@ def train_grpo(policy, tokenizer, problems, cfg, state=None, general=(), reward_
         metrics = step_metrics(step, rollout, rewards, parts, outcomes, updates)
         ended, tokens = time.perf_counter(), int(rollout.completion_tokens.sum())
         metrics.update(step_seconds=ended - began, sample_tokens_per_second=tokens / (sampled - began),
-                       update_tokens_per_second=tokens / (ended - sampled), peak_gb=peak_gb())
+                       update_tokens_per_second=tokens / (ended - sampled),
+                       peak_gb=torch.cuda.max_memory_allocated() / 1e9)  # 0 without a GPU
         yield metrics, rollout, batch, dict(step=step, optimizer=optimizer.state_dict(),
                                             ref_model=ref_model.state_dict() if ref_model else None)
         unusable = 0 if math.isfinite(metrics["grad_norm"]) else unusable + 1
@@ -332,7 +321,7 @@ def update_policy(policy, optimizer, rollout, cfg, learning_rate):
         logprobs, entropy = token_logprobs(policy, part, cfg.temperature, return_entropy=True)
         loss, stats = grpo_loss(
             logprobs, part.old_logprobs, part.ref_logprobs, part.advantages, mask, part.weights,
-            clip_eps=cfg.clip_eps, clip_eps_high=cfg.clip_eps_high, kl_coef=cfg.kl_coef)
+            clip_eps=cfg.clip_eps, clip_eps_high=cfg.clip_eps_high or None, kl_coef=cfg.kl_coef)
         loss.backward()
         optimizer.accumulate()
         gap = (logprobs.detach() - part.sample_logprobs).abs()
@@ -388,7 +377,7 @@ def accuracy_reward(completion: str, problem: Problem) -> float:
 
 
 def code_reward(completion: str, problem: Problem) -> float:
-    """1 if the last fenced program passes all of `problem.tests`, else 0 [R1 2.2.2]; see `run_contained`."""
+    """1 if the last fenced program passes all of `problem.tests`, else 0 [R1 2.2.2]; see `run_tests`."""
     return accuracy_reward(completion, dataclasses.replace(problem, task="code"))
 
 
@@ -399,16 +388,15 @@ def format_reward(completion: str, problem: Problem) -> float:
     return float(bool(once and parts and parts[1].strip() and parts[2].strip()))
 
 
-def language_reward(completion: str, problem: Problem, language: str = "en") -> float:
-    """The share of the words of the thoughts that are in the target language, en or zh [R1 2.3.2, N Eq. 7].
+def language_reward(completion: str, problem: Problem) -> float:
+    """The share of words in Latin letters among the words of the thoughts [R1 2.3.2, N Eq. 7].
 
     A CJK ideograph is a word, and so is a run of other letters; numbers and LaTeX are neutral. 1 if none.
     """
     thoughts = (completion.rpartition("</think>")[0] or completion).rpartition("<think>")[2]
     thoughts = re.sub(r"\$[^$]*\$|\\[A-Za-z]+|<[^<>\s]*>", " ", thoughts)
     words = re.findall(r"[\u3400-\u9fff]|[^\W\d_\u3400-\u9fff]+", thoughts)
-    script = {"en": "LATIN", "zh": "CJK"}[language]
-    return mean(unicodedata.name(word[0], "").startswith(script) for word in words) if words else 1.0
+    return mean(unicodedata.name(word[0], "").startswith("LATIN") for word in words) if words else 1.0
 
 
 def reflects(text):
@@ -425,14 +413,13 @@ def score(rollout, batch, cfg, reward_model=None):
     group_size = len(rollout.texts) // len(batch)
     rows = [(text, batch[b // group_size]) for b, text in enumerate(rollout.texts)]
     outcomes = [judge(*row)[1] for row in rows]
-    parts = {"accuracy": [None if outcome == "unjudged" else outcome == "right" for outcome in outcomes],
-             "format": [format_reward(*row) for row in rows]}
-    weights = dict(accuracy=1.0, format=cfg.format_weight, language=cfg.language_weight, preference=1.0)
-    if cfg.language_weight:
-        parts["language"] = [language_reward(*row) for row in rows]
+    parts = dict(accuracy=[None if outcome == "unjudged" else outcome == "right" for outcome in outcomes],
+                 format=[format_reward(*row) for row in rows],
+                 language=[language_reward(*row) for row in rows])
     if "unjudged" in outcomes:
         scores = iter(reward_model([row for row in rows if row[1].task in GENERAL]))
         parts["preference"] = [next(scores) if outcome == "unjudged" else None for outcome in outcomes]
+    weights = dict(accuracy=1.0, format=cfg.format_weight, language=cfg.language_weight, preference=1.0)
     rewards = sum(weights[name] * torch.tensor([value or 0.0 for value in part])
                   for name, part in parts.items())
     return rewards.view(len(batch), group_size), parts, Counter(outcomes)
@@ -440,41 +427,39 @@ def score(rollout, batch, cfg, reward_model=None):
 
 def judged_part(completion, problem):
     """A reward model sees the final part of a helpful answer, and all of a harmless one [N]."""
-    _, closed, final = completion.rpartition("</think>")
+    final = completion.rpartition("</think>")[2]
     if problem.task == "harmless":
         return completion
-    return final.strip() if closed or "<think>" not in completion else ""  # still thinking: no answer
+    return "" if "<think>" in final else final.strip()  # still thinking: no answer
 
 
 class RewardModel:
-    """A preference reward from any sequence classifier with one label, used where rules end [R1 2.3.4]."""
+    """A preference reward from any sequence classifier with one label, used where rules end [R1 2.3.4].
 
-    def __init__(self, path, cfg, device, dtype, untrained=False):
+    It computes in float32, as near a score of 5 bfloat16 resolves only 0.03.
+    """
+
+    def __init__(self, path, cfg, device, untrained=False):
         self.cfg, self.tokenizer = cfg, load_tokenizer(path, "reward_model")
         torch.manual_seed(cfg.seed)  # a new head is drawn at random
         self.model, loading = load_pretrained(AutoModelForSequenceClassification, path, "reward_model",
-                                              num_labels=1, dtype=dtype, output_loading_info=True)
+                                              num_labels=1, dtype=torch.float32, output_loading_info=True)
         if loading["missing_keys"] and not untrained:  # transformers would judge by random weights
             raise InputError(f"reward_model {path!r} has no trained score head; --stage reward trains one")
-        if dtype != torch.float32 and hasattr(self.model, "score"):  # near 5 bfloat16 resolves only 0.03
-            self.model.score.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
         self.model.to(device).eval()
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
 
     def encode(self, completion, problem):
-        """Write the conversation as the classifier reads it -> token ids."""
-        text = judged_part(completion, problem)
-        if self.tokenizer.chat_template:
-            turns = [{"role": "user", "content": problem.question}, {"role": "assistant", "content": text}]
-            return encode_prompt(self.tokenizer, self.tokenizer.apply_chat_template(turns, tokenize=False))
-        ids = encode_prompt(self.tokenizer, self.cfg.template.replace("{question}", problem.question))
-        return ids + self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        """Write the prompt, and of the completion what it is to judge -> token ids."""
+        prompt = render_prompt(self.tokenizer, problem.question, self.cfg)
+        ids = self.tokenizer(judged_part(completion, problem), add_special_tokens=False)["input_ids"]
+        return encode_prompt(self.tokenizer, prompt) + ids
 
     def scores(self, rows):
-        """Score token ids -> (rows,), float32. Padding is on the right, where no causal model looks."""
+        """Score token ids -> (rows,). Padding is on the right, where no causal model looks."""
         batch = self.tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
-        return self.model(**batch.to(self.model.device)).logits[:, 0].float()
+        return self.model(**batch.to(self.model.device)).logits[:, 0]
 
     @torch.no_grad()
     def __call__(self, pairs):
@@ -557,7 +542,8 @@ def sample_completions(model, tokenizer, prompts: list[str], *, group_size: int,
     that leave once they have ended, or on waves (beyond `max_rows` rows, prompts go wave after wave). Raises
     ValueError where an argument makes no sense.
     """
-    if isinstance(prompts, str) or not prompts or group_size < 1 or max_completion_tokens < 1 or temperature < 0:
+    sensible = group_size >= 1 and max_completion_tokens >= 1 and temperature >= 0
+    if isinstance(prompts, str) or not prompts or not sensible:
         raise ValueError(f"prompts is {str(prompts)[:40]!r}, group_size {group_size}, max_completion_tokens "
                          f"{max_completion_tokens}, temperature {temperature}; they must be a list of texts, "
                          f"at least 1, at least 1, and at least 0")
@@ -772,10 +758,9 @@ def train_sft(policy, tokenizer, examples, cfg):
 
     def batch_loss(rows):
         batch = data.select(rows.to(policy.device))
-        weights = loss_weights(batch.completion_mask, "token")
+        weight = 1 / batch.completion_tokens.sum()
         for part in micro_batches(batch, cfg.micro_batch_tokens):
-            logprobs = token_logprobs(policy, batch.select(part), 1.0)
-            yield -(weights[part, : logprobs.shape[1]] * logprobs).sum()
+            yield -(weight * token_logprobs(policy, batch.select(part), 1.0)).sum()
 
     return fit(policy, cfg, len(data.texts), batch_loss)
 
@@ -807,9 +792,11 @@ def fit(model, cfg, count, batch_loss):
     optimizer, losses, done = MasterAdamW(model, cfg.sft_learning_rate), [], 0
     recompute_activations(model, cfg)
     model.train()
-    for rows in tqdm(shuffled(count, cfg), "supervised training", delay=2, leave=False):
-        progress = done / count / cfg.sft_epochs
-        total = 0.0
+    orders = [torch.randperm(count, generator=torch.Generator().manual_seed(cfg.seed * 1_000_003 + epoch))
+              for epoch in range(cfg.sft_epochs)]
+    batches = [rows for order in orders for rows in order.split(cfg.sft_batch_size)]
+    for rows in tqdm(batches, "supervised training", delay=2, leave=False):
+        progress, total = done / count / cfg.sft_epochs, 0.0
         for loss in batch_loss(rows):
             loss.backward()
             optimizer.accumulate()
@@ -821,13 +808,6 @@ def fit(model, cfg, count, batch_loss):
         done += len(rows)
     model.eval()
     return losses
-
-
-def shuffled(count, cfg):
-    """Give the rows of each update, sft_batch_size of `count`, for sft_epochs passes."""
-    for epoch in range(cfg.sft_epochs):
-        generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + epoch)
-        yield from torch.randperm(count, generator=generator).split(cfg.sft_batch_size)
 
 
 def encode_examples(tokenizer, examples, cfg, device):
@@ -863,20 +843,18 @@ def rejection_sample(model, tokenizer, problems, cfg):
 
     -> examples, and how often which fault occurred.
     """
-    examples, faults, k = [], Counter(), cfg.rejection_samples
-    size = max(1, (cfg.max_rows or 256) // k)  # prompts at a time
+    examples, faults, k = {}, Counter(), cfg.rejection_samples
+    size = max(1, (cfg.max_rows or 256) // k)  # problems at a time
     for first in tqdm(range(0, len(problems), size), "rejection sampling", delay=2, leave=False):
         batch = problems[first : first + size]
         rollout = sample_for(model, tokenizer, batch, cfg, k, cfg.seed * 1_000_003 + first)
-        truncated = rollout.truncated.tolist()  # at once: on a GPU each look at one row would wait
-        for i, problem in enumerate(batch):
-            rows = range(i * k, i * k + k)
-            found = [fault(rollout.texts[row], truncated[row], problem) for row in rows]
-            faults.update(name or "none" for name in found)
-            if "" in found:
-                text = rollout.texts[rows[found.index("")]]
-                examples.append(dataclasses.replace(problem, completion=text))
-    return examples, faults
+        for row, (text, truncated) in enumerate(zip(rollout.texts, rollout.truncated.tolist())):
+            problem = batch[row // k]
+            reason = fault(text, truncated, problem)
+            faults[reason or "none"] += 1
+            if not reason:
+                examples.setdefault(first + row // k, dataclasses.replace(problem, completion=text))
+    return [*examples.values()], faults
 
 
 def preference_pairs(model, tokenizer, problems, cfg):
@@ -1090,7 +1068,7 @@ class Problem:
     answer: str = ""  # the reference
     task: str = "math"  # who judges: a rule (math, countdown, code) or a reward model (helpful, harmless)
     numbers: tuple[int, ...] = ()  # countdown: what the expression is made of; the answer is its target
-    tests: tuple = ()  # code: assert statements, or {"input", "output"} pairs
+    tests: tuple = ()  # code: assert lines
     completion: str = ""  # an example to learn from
     rejected: str = ""  # with it, a pair: `completion` was preferred to this one
 
@@ -1104,35 +1082,27 @@ class Problem:
         return int(hashlib.sha256(self.key.encode()).hexdigest()[:12], 16) % one_in == 0
 
 
-def is_test(test):
-    """Tell whether it is an assert line or a pair of texts, input and output."""
-    parts = [test.get("input"), test.get("output")] if type(test) is dict else [test]
-    return {*map(type, parts)} == {str}
+FIELDS = dict(  # of a row in a file: what it must be, and the types of that; of a list, the types in it
+    question=("text", str), answer=("text or a number", str, int, float), completion=("text", str),
+    rejected=("text", str), numbers=("a list of whole numbers", set(), {int}),
+    tests=("a list of assert lines", set(), {str}))
 
 
 def as_problem(row):
     """Make a problem of a row of a file; ValueError tells which field is wrong."""
     if type(row) is not dict:
         raise ValueError("it must be an object, with question and answer")
-    defaults = dict(question=row.get("problem"), answer="", completion="", rejected="", numbers=[], tests=[])
-    row = {**defaults, **row}
-    question, answer, completion, rejected, numbers, tests = (row[name] for name in defaults)
-    task = "code" if tests else "countdown" if numbers else "math"
-    task = row["task"] if row.get("task") in GENERAL else task
-    optional = completion or task in ("code", *GENERAL)
-    rules = dict(
-        question=("text, and not empty", type(question) is str and question.strip()),
-        answer=("text or a number", type(answer) in (str, int, float) and (optional or str(answer).strip())),
-        completion=("text", type(completion) is str),
-        rejected=("text", type(rejected) is str),
-        numbers=("a list of whole numbers", type(numbers) is list and {*map(type, numbers)} <= {int}),
-        tests=('a list of assert lines or {"input": text, "output": text}',
-               type(tests) is list and all(map(is_test, tests))))
-    for name, (rule, holds) in rules.items():
-        if not holds or len(str(row[name])) > 10**5:
+    row = {"answer": "", **row, "question": row.get("question") or row.get("problem")}
+    fields = {name: tuple(value) if type(value) is list else value
+              for name, value in row.items() if name in FIELDS}
+    for name, value in fields.items():
+        rule, *types = FIELDS[name]
+        found = {*map(type, value)} if type(value) is tuple else type(value)
+        if found not in types or len(str(value)) > 10**5:
             raise ValueError(f"field {name} is {row[name]!r:.40}; it must be {rule}, at most 100,000 long")
-    answer = str(answer).rpartition("####")[2].strip()
-    return Problem(question, answer, task, tuple(numbers), tuple(tests), completion, rejected)
+    fields["answer"] = str(row["answer"]).rpartition("####")[2].strip()
+    task = "code" if row.get("tests") else "countdown" if row.get("numbers") else "math"
+    return Problem(**fields, task=row["task"] if row.get("task") in GENERAL else task)
 
 
 def read_problems(path):
@@ -1168,10 +1138,10 @@ def fetch(url):
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         if not path.exists():
-            torch.hub.download_url_to_file(url, str(path), progress=False)  # whole or not at all
+            torch.hub.download_url_to_file(url, path, progress=False)  # whole or not at all
     except OSError as error:
         raise InputError(f"{url} cannot be fetched ({error}); give the file: --data PATH.jsonl") from None
-    return str(path)
+    return path
 
 
 def load_problems(source, evaluation=False, whole=False, field="data"):
@@ -1209,15 +1179,11 @@ def encode_prompt(tokenizer, prompt):
 
 
 def stop_token_ids(model, tokenizer):
-    """Every id that ends a completion: the checkpoint's, the tokenizer's and its chat template's."""
+    """Every id that ends a completion: the tokenizer's, those of the checkpoint, and the ends of a turn."""
     listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    stops = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
-    if tokenizer.chat_template:
-        turn = [{"role": "user", "content": "@@"}, {"role": "assistant", "content": "@@"}]
-        tail = tokenizer.apply_chat_template(turn, tokenize=False).rpartition("@@")[2].strip()
-        ends = tokenizer(tail, add_special_tokens=False)["input_ids"][:1]
-        stops |= {i for i in ends if i in tokenizer.added_tokens_decoder}
-    return stops - {None}
+    turn_ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|eot_id|>"])  # Qwen's, Llama's
+    stops = {tokenizer.eos_token_id, *turn_ends, *(listed if isinstance(listed, list) else [listed])}
+    return stops - {None, tokenizer.unk_token_id}
 
 
 def pad_rows(rows):
@@ -1236,11 +1202,11 @@ def sample_for(model, tokenizer, problems, cfg, group_size, seed, temperature=No
 
 def pack(lengths, max_tokens):
     """Put rows, longest first, into micro-batches of at most max_tokens tokens, padding included."""
-    batches = []
-    for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        if not batches or lengths[batches[-1][0]] * (len(batches[-1]) + 1) > max_tokens:
-            batches.append([])
-        batches[-1].append(row)
+    rows, batches = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True), []
+    while rows:
+        size = max(1, max_tokens // lengths[rows[0]])  # all take as much room as the longest
+        batches.append(rows[:size])
+        rows = rows[size:]
     return batches
 
 
@@ -1252,13 +1218,8 @@ def micro_batches(rollout, max_tokens):
 
 def mean(values):
     """Arithmetic mean of numbers, 0 if there are none; None is no number."""
-    values = [float(value) for value in values if value is not None]
+    values = [value for value in values if value is not None]
     return sum(values) / len(values) if values else 0.0
-
-
-def peak_gb():
-    """GB that lay on the GPU at most so far; 0 without one."""
-    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
 
 
 # ---- The embedded world ------------------------------------------------------------------------------------
@@ -2064,18 +2025,14 @@ def extract_program(completion):
     return parts[-2].partition("\n")[2] if len(parts) >= 3 and len(parts) % 2 else None
 
 
-# This runs in the child. The asserts and a password are read only when the program has ended, from a
-# descriptor it was not told about, and the password is printed after the last assert: nothing else counts.
+# This runs in the child. The tests and a password are read only when the program has ended, from a
+# descriptor it was not told about, and the password is printed after the last test: nothing else counts.
 TEST_RUNNER = """
-import contextlib, json, os, runpy, sys
-seconds, megabytes, asserts = map(int, sys.argv[1:])
+import contextlib, json, os, runpy
 with contextlib.suppress(ImportError, AttributeError, ValueError, OSError):     # not every system has these
     import resource
-    for name, value in dict(CPU=seconds, FSIZE=1 << 24, CORE=0, NPROC=1024, AS=megabytes << 20).items():
+    for name, value in dict(CPU=30, FSIZE=1 << 24, CORE=0, NPROC=1024, AS=1 << 29).items():
         resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
-if not asserts:
-    runpy.run_path("program.py", run_name="__main__")
-    sys.exit()
 channel = os.fdopen(os.dup(0), "rb")
 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 names = runpy.run_path("program.py", run_name="program")
@@ -2087,48 +2044,36 @@ os._exit(0)
 """
 
 
-def run_contained(program, stdin, asserts, time_limit_seconds, memory_limit_mb):
-    """The exit status of a program in a child process, None for a time-out, and the start of its output.
+def run_tests(program, tests, time_limit_seconds=5.0):
+    """Run a program, then its tests, which are assert lines -> "right", "wrong", "timeout" or "error".
 
-    It has its own process group and folder, no environment and some limits; its group is killed at the end.
-    This contains accidents and is no security boundary: for hostile code use a container or virtual machine.
+    The child process has its own group and folder, no environment, 512 MB and 30 seconds of CPU; its group is
+    killed at the end. This contains accidents and is no security boundary: for hostile code use a container
+    or virtual machine. No tests are an error, as is a child that cannot be started.
     """
-    limits = map(str, (int(time_limit_seconds) + 1, memory_limit_mb, int(asserts)))
-    with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
-          tempfile.TemporaryFile() as output):
-        Path(folder, "program.py").write_text(program, encoding="utf-8")
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-c", TEST_RUNNER, *limits], cwd=folder, start_new_session=True,
-            env={"SYSTEMROOT": os.environ.get("SYSTEMROOT", "")},              # Windows cannot do without
-            stdin=subprocess.PIPE, stdout=output, stderr=subprocess.DEVNULL)
-        try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.communicate(stdin.encode(), timeout=time_limit_seconds)
-        finally:
-            status = process.returncode                                        # None: it is still running
-            with contextlib.suppress(AttributeError, OSError):                 # Windows has no process groups
-                os.killpg(process.pid, signal.SIGKILL)                         # and all that it started
-            process.kill()
-            process.wait()
-        output.seek(0)
-        return status, output.read(1 << 20).decode(errors="replace")
-
-
-def run_tests(program, tests, time_limit_seconds=5.0, memory_limit_mb=512):
-    """The outcome of all tests, asserts or {"input", "output"}: "right", "wrong", "timeout" or "error"."""
     password = secrets.token_hex(16)
-    asserts = [test for test in tests if isinstance(test, str)]
-    runs = [(json.dumps([password, *asserts]), True, password)] if asserts else []
-    runs += [(test["input"], False, test["output"]) for test in tests if not isinstance(test, str)]
-    for stdin, is_assert, expected in runs:
-        try:
-            status, output = run_contained(program, stdin, is_assert, time_limit_seconds, memory_limit_mb)
-        except (OSError, UnicodeError):
-            return "error"
-        words = output.split()[-1 if is_assert else 0:]
-        if status != 0 or words != expected.split():
-            return "timeout" if status is None else "wrong"
-    return "right" if runs else "error"
+    try:
+        with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+              tempfile.TemporaryFile() as output):
+            Path(folder, "program.py").write_text(program, encoding="utf-8")
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-c", TEST_RUNNER], cwd=folder, start_new_session=True,
+                env={"SYSTEMROOT": os.environ.get("SYSTEMROOT", "")},  # Windows cannot do without
+                stdin=subprocess.PIPE, stdout=output, stderr=subprocess.DEVNULL)
+            try:
+                process.communicate(json.dumps([password, *tests]).encode(), timeout=time_limit_seconds)
+            finally:
+                with contextlib.suppress(AttributeError, OSError):  # Windows has no process groups
+                    os.killpg(process.pid, signal.SIGKILL)  # and all that it started
+                process.kill()
+                process.wait()
+            output.seek(0)
+            passed = output.read(1 << 20).split()[-1:] == [password.encode()]
+    except subprocess.TimeoutExpired:
+        return "timeout"
+    except (OSError, UnicodeError):
+        return "error"
+    return ("right" if passed else "wrong") if tests else "error"
 
 
 # ---- Runs --------------------------------------------------------------------------------------------------
@@ -2231,29 +2176,27 @@ def read_config(folder):
 
 
 def verifies(problem):
-    """Tell whether a rule can judge a problem: its reference must hold against itself."""
-    if problem.task in ("code", "countdown"):
-        return bool(problem.tests) or problem.answer.lstrip("-").isdigit()
-    return problem.task == "math" and answers_equal(problem.answer, problem.answer)
+    """Tell whether a rule can judge a problem: tests do, and a reference that equals itself."""
+    checked = problem.task == "code" or answers_equal(problem.answer, problem.answer)
+    return checked and problem.task not in GENERAL
 
 
 def load_data(cfg):
     """Load what a stage trains on, and what it evaluates on; no problem is in both."""
-    needs = dict(sft=("a completion", lambda row: row.completion),
-                 reward=("a completion and a rejected one", lambda row: row.rejected))
-    wanted, fits = needs.get(cfg.stage, ("an answer that verifies against itself", verifies))
-    whole, name = bool(cfg.eval_data) or cfg.stage == "eval", "eval_data" if cfg.eval_data else "data"
-    rows = load_problems(getattr(cfg, name), True, whole, name)
+    field = dict(sft="completion", reward="rejected").get(cfg.stage, "answer")
+    fits = verifies if field == "answer" else operator.attrgetter(field)
     judged = fits if cfg.stage == "reward" else verifies
+    whole, name = cfg.eval_data or cfg.stage == "eval", "eval_data" if cfg.eval_data else "data"
+    rows = load_problems(getattr(cfg, name), True, whole, name)
     held_out = [row for row in rows if judged(row)][: cfg.eval_problems]
     taken = {problem.key for problem in held_out}
     rows = [] if cfg.stage == "eval" else load_problems(cfg.data, False, whole)
     problems = [problem for problem in rows if fits(problem) and problem.key not in taken]
     show(f"data      {cfg.data}: {len(problems):,} problems to train on, {len(held_out):,} to evaluate on; "
-         f"{len(rows) - len(problems):,} rows left out (without {wanted}, or in eval_data too)")
+         f"{len(rows) - len(problems):,} rows left out (without a usable {field}, or in eval_data too)")
     if not held_out or not problems and cfg.stage != "eval":
-        need = f"stage {cfg.stage} needs rows with {wanted}, and others to evaluate on"
-        raise InputError(f"data {cfg.data!r}: {need}")
+        raise InputError(f"data {cfg.data!r}: stage {cfg.stage} needs rows with a usable {field}, and others "
+                         f"to evaluate on")
     return problems, held_out
 
 
@@ -2302,7 +2245,7 @@ class Run:
         if cfg.stage != "reward":
             self.policy = load_model(path, device, dtype)
         if judge_path := cfg.reward_model if self.policy else path:
-            self.judge = RewardModel(judge_path, cfg, device, dtype, untrained=not self.policy)
+            self.judge = RewardModel(judge_path, cfg, device, untrained=not self.policy)
         learner = self.policy or self.judge.model
         weights = learner.num_parameters()
         show(f"model     {path}: {learner.config.model_type}, {weights:,} weights, {dtype} on {device}")

@@ -53,10 +53,10 @@ LIMITS = {  # what is just allowed, and what is not any more
     "group_size": (2, 1), "steps": (1, 0), "prompts_per_step": (1, 0), "max_completion_tokens": (1, 0),
     "micro_batch_tokens": (1, 0), "save_every": (1, 0), "sft_epochs": (1, 0), "sft_batch_size": (1, 0),
     "rejection_samples": (1, 0), "eval_problems": (1, 0), "eval_samples": (1, 0), "updates_per_rollout": (1, 0),
-    "max_rows": (8, 0), "seed": (0, -1), "ref_every": (0, -1), "eval_every": (0, -1), "sample_every": (0, -1),
+    "max_rows": (0, -1), "seed": (0, -1), "ref_every": (0, -1), "eval_every": (0, -1), "sample_every": (0, -1),
     "kl_coef": (0.0, -0.1), "format_weight": (0.0, -1.0), "language_weight": (0.0, -1.0),
     "eval_temperature": (0.0, -1.0), "temperature": (0.1, 0.0), "learning_rate": (1e-9, 0.0), "clip_eps": (10.0, 0.0),
-    "clip_eps_high": (0.3, 0.0), "sft_learning_rate": (1.0, 0.0),
+    "clip_eps_high": (0.0, -0.1), "sft_learning_rate": (1.0, 0.0),
     "template": ("{question}", "question")}
 
 
@@ -71,7 +71,6 @@ def test_every_limit_lies_where_it_should():
 
 @pytest.mark.parametrize("settings, told", [
     (dict(prompts_per_step=3, group_size=3), "updates_per_rollout is 2; it must divide the 9"),
-    (dict(max_rows=4, eval_samples=2), "max_rows is 4;.* 8"), (dict(max_rows=8, eval_samples=9), "max_rows is 8;.* 9"),
     (dict(loss_average="mean"), "one of sequence, token, constant"), (dict(stage="r1"), "cold_start is None"),
     (dict(stage="r1", cold_start="a"), "general_data is None"), (dict(stage="distill"), "teacher is None"),
     (dict(preference_steps=1), "general_data is None"), (dict(preference_steps=-1), "preference_steps is -1"),
@@ -141,10 +140,9 @@ def write(folder, *lines, name="problems.jsonl"):
 @pytest.mark.parametrize("field, line", [
     ("", "{"), ("", "hello"), ("", "[1]"), ("", "3"), ("", "[" * 10**5), ("question", '{"answer": "1"}'),
     *(("question", f'{{"question": {value}, "answer": "1"}}') for value in ("3", '""', "null", '["q"]')),
-    ("answer", '{"question": "q"}'), ("answer", '{"question": "q", "task": "math"}'),
-    *(("answer", f'{{"question": "q", "answer": {value}}}') for value in ("null", '""', "true", '["1"]')),
+    *(("answer", f'{{"question": "q", "answer": {value}}}') for value in ("null", "true", '["1"]')),
     *(("tests", f'{{"question": "q", "tests": {value}}}')
-      for value in ('"assert f(1)"', "5", "[3]", '[{"input": "1"}]', '[{"input": 1, "output": 2}]', '{"a": "1"}')),
+      for value in ('"assert f(1)"', "5", "[3]", '["assert f(1)", {}]', '{"a": "1"}')),
     *(("numbers", f'{{"question": "q", "answer": "1", "numbers": {value}}}') for value in ("5", '["x"]', "[1.5]")),
     ("completion", '{"question": "q", "completion": 3}'),
     ("rejected", '{"question": "q", "task": "helpful", "completion": "a", "rejected": ["b"]}')])
@@ -174,7 +172,7 @@ def test_a_file_without_problems_or_without_utf8_is_named(tmp_path):
         read_problems(str(tmp_path / "latin.jsonl"))
 
 
-ASSERT, PAIR = "assert f(1) == 2", {"input": "1", "output": "2"}
+ASSERT = "assert f(1) == 2"
 
 
 @pytest.mark.parametrize("row, expected", [
@@ -184,7 +182,7 @@ ASSERT, PAIR = "assert f(1) == 2", {"input": "1", "output": "2"}
     ({"question": "q", "answer": "3 + 4 = 7 so\n#### 7"}, ("q", "7", "math", (), ())),
     ({"question": "q", "answer": "24", "numbers": [1, 2, 12]}, ("q", "24", "countdown", (1, 2, 12), ())),
     ({"question": "q", "tests": [ASSERT]}, ("q", "", "code", (), (ASSERT,))),
-    ({"question": "q", "answer": "x", "tests": [PAIR]}, ("q", "x", "code", (), (PAIR,))),
+    ({"question": "q", "answer": "x", "tests": [ASSERT] * 2}, ("q", "x", "code", (), (ASSERT,) * 2)),
     ({"question": "a\u2028b\u0085c", "answer": "天"}, ("a\u2028b\u0085c", "天", "math", (), ())),
     ({"question": "q", "task": "helpful"}, ("q", "", "helpful", (), ())),
     ({"question": "q", "completion": "c"}, ("q", "", "math", (), (), "c", "")),
@@ -229,7 +227,7 @@ def data_config(path, **settings):
 
 def test_no_problem_is_trained_and_evaluated_on_and_bad_references_are_counted(tmp_path, capsys):
     rows = [json.dumps({"question": f"q {i}", "answer": str(i)}) for i in range(60)]
-    bad = [json.dumps({"question": f"bad {i}", "answer": "9" * 400}) for i in range(7)]
+    bad = [json.dumps({"question": f"bad {i}", "answer": "9" * 400 * (i % 2)}) for i in range(7)]  # "": no answer
     other = write(tmp_path, *rows[50:], name="other.jsonl")
     problems, held_out = grpo.load_data(data_config(write(tmp_path, *rows, *bad), eval_data=other))
     assert {p.question for p in problems} == {f"q {i}" for i in range(50)} and len(held_out) == 10

@@ -1,7 +1,6 @@
 """Rewards: every convention of answer equality, hostile completions, fuzzing, containment of programs."""
 
 import builtins
-import json
 import os
 import random
 import sys
@@ -502,12 +501,9 @@ def test_format_reward(text, reward):
 )
 def test_language_reward(text, share):
     assert grpo.language_reward(text, math("")) == pytest.approx(share)
-    if text and share < 1 and "да" not in text:
-        assert grpo.language_reward(text, math(""), "zh") == pytest.approx(1 - share)
 
 
 SQUARE = Problem("q", task="code", tests=("assert square(2) == 4", "assert square(-3) == 9"))
-DOUBLE = Problem("q", task="code", tests=({"input": "3\n", "output": "6\n"}, {"input": "5", "output": "10"}))
 
 
 def fenced(program):
@@ -520,12 +516,9 @@ def fenced(program):
         ("def square(x):\n    return x * x", SQUARE, 1),
         ("def square(x):\n    return 4", SQUARE, 0),
         ("print('noise', end='')\ndef square(x):\n    return x * x", SQUARE, 1),
-        ("print(2 * int(input()))", DOUBLE, 1),
-        ("print(2 * int(open(0).read()))", DOUBLE, 1),
-        ("if __name__ == '__main__': print(2 * int(input()))", DOUBLE, 1),
-        ("print(6)", DOUBLE, 0),
-        ("import sys; sys.exit(0)", DOUBLE, 0),
-        ("print(2 * int(input())); raise ValueError", DOUBLE, 0),
+        ("def square(x):\n    return x * x\nif __name__ == '__main__': raise ValueError", SQUARE, 1),
+        ("def square(x):\n    return x * x\nraise ValueError", SQUARE, 0),
+        ("import sys; sys.exit(0)", SQUARE, 0),
         ("import os; os._exit(0)", SQUARE, 0),
         ("raise SystemExit(0)", SQUARE, 0),
         ("print('passed')", SQUARE, 0),
@@ -553,7 +546,7 @@ def test_code_reward_takes_the_last_closed_block_after_the_thinking():
     "program, tests, outcomes",
     [
         ("while True: pass", SQUARE.tests, ("timeout",)),
-        ("while True: print('x' * 10 ** 6)", DOUBLE.tests, ("wrong", "timeout")),
+        ("while True: print('x' * 10 ** 6)", SQUARE.tests, ("wrong", "timeout")),
         ("", (), ("error",)),
         ("def square(x): return '\ud800'", SQUARE.tests, ("error",)),
     ],
@@ -567,7 +560,7 @@ def test_what_a_program_does_has_an_outcome(program, tests, outcomes):
 @pytest.mark.skipif(sys.platform == "win32", reason="memory is limited where the system has `resource`")
 def test_code_memory_hog():
     program = "x = []\nwhile True: x.append(bytearray(10 ** 7))"
-    assert grpo.run_tests(program, SQUARE.tests, time_limit_seconds=5, memory_limit_mb=256) == "wrong"
+    assert grpo.run_tests(program, SQUARE.tests, time_limit_seconds=60) == "wrong"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="process groups")
@@ -589,12 +582,11 @@ def test_code_has_no_environment_no_handles_and_its_own_folder(monkeypatch):
     reader, writer = os.pipe()
     os.set_inheritable(writer, True)
     program = (
-        "import os, json\nfacts = ['SECRET_TOKEN' in os.environ, os.getcwd()]\n"
-        f"try: os.fstat({writer}); facts.append('handle')\nexcept OSError: pass\nprint(json.dumps(facts))"
+        f"import os\ntry: os.fstat({writer}); handle = True\nexcept OSError: handle = False\n"
+        "open('here', 'w').write('left')"
     )
-    status, output = grpo.run_contained(program, "", False, 5.0, 512)
-    facts = json.loads(output)
-    assert status == 0 and facts[0] is False and facts[1] != os.getcwd() and not os.path.exists(facts[1])
-    assert "handle" not in facts
+    tests = "'SECRET_TOKEN' not in os.environ", f"os.getcwd() != {os.getcwd()!r}", "not handle", "os.stat('here')"
+    assert grpo.run_tests(program, [f"assert {test}" for test in tests]) == "right"
+    assert grpo.run_tests(program, ["assert handle"]) == "wrong" and not os.path.exists("here")
     os.close(reader)
     os.close(writer)

@@ -4,6 +4,7 @@ and forward pass one row at a time, slow loops, and what must not depend on orde
 import copy
 import functools
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -236,8 +237,8 @@ def classifier(tmp_path_factory, make_model, tokenizer):
     return make
 
 
-def judge_of(path, dtype=torch.float32, **changes):
-    return RewardModel(path, settings(**changes), torch.device("cpu"), dtype)
+def judge_of(path, **changes):
+    return RewardModel(path, settings(**changes), torch.device("cpu"))
 
 
 ROWS = [(example.completion, Problem(example.question, task="harmless")) for example in EXAMPLES]
@@ -257,12 +258,13 @@ def test_scores_are_transformers_own_one_row_at_a_time(architecture, micro_batch
     assert judge(rows[::-1]) == pytest.approx(expected[::-1], abs=1e-5)
 
 
-def test_its_head_is_float32_under_bfloat16(classifier):
+def test_it_is_float32_whatever_was_saved(classifier, tmp_path):
     """Near 5 bfloat16 resolves 0.03, so that different replies would seem equal."""
-    judge = judge_of(classifier(), torch.bfloat16)
-    judge.model.score.weight.data.mul_(100)
+    folder = shutil.copytree(classifier(), tmp_path / "half")
+    AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    judge = judge_of(str(folder))
+    assert {weight.dtype for weight in judge.model.parameters()} == {torch.float32}
     scores = torch.tensor(judge(ROWS))
-    assert judge.model.score.weight.dtype == torch.float32 and judge.model.dtype == torch.bfloat16
     assert not torch.equal(scores, scores.bfloat16().float())
 
 
@@ -275,9 +277,10 @@ def test_what_the_reward_model_sees(classifier):
     judge, other = judge_of(classifier()), text.replace("bad", "good")
     one, two, three, four = judge([(t, Problem("q", task=task)) for task in grpo.GENERAL for t in (text, other)])
     assert one == pytest.approx(two, abs=1e-6) and abs(three - four) > 1e-3
-    judge.tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+    judge = judge_of(classifier(), chat_template=True)  # it reads the prompt that the policy reads
+    judge.tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} [assistant] {% endfor %}"
     ids = judge.encode("<think> x </think> seven", Problem("3 + 4?", task="helpful"))
-    assert judge.tokenizer.decode(ids) == "[user] 3 + 4? [assistant] seven "
+    assert judge.tokenizer.decode(ids) == "[user] 3 + 4? [assistant] seven"
 
 
 def test_a_model_without_a_trained_head_is_no_judge(make_model, tokenizer, tmp_path):
@@ -285,7 +288,7 @@ def test_a_model_without_a_trained_head_is_no_judge(make_model, tokenizer, tmp_p
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="reward_model"):
         judge_of(str(tmp_path))
-    RewardModel(str(tmp_path), settings(), torch.device("cpu"), torch.float32, untrained=True)
+    RewardModel(str(tmp_path), settings(), torch.device("cpu"), untrained=True)
 
 
 PAIRS = [Problem(f"{i} + {i}?", task=("helpful", "harmless")[i % 2], rejected=f"<think> {i} </think> What is {i}? User",
@@ -310,9 +313,8 @@ def test_the_loss_of_a_reward_model_by_a_slow_loop(micro_batch_tokens, classifie
     assert gradient.norm() > 1e-2
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_a_reward_model_learns_what_is_preferred(dtype, classifier):
-    judge = judge_of(classifier(), dtype)
+def test_a_reward_model_learns_what_is_preferred(classifier):
+    judge = judge_of(classifier())
     losses = grpo.train_reward_model(judge, PAIRS[:8], settings(sft_epochs=8, sft_batch_size=4))
     assert len(losses) == 16 and losses[-1] < 0.2 < losses[0], losses
     good, bad = judge([(p.completion, p) for p in PAIRS[8:]]), judge([(p.rejected, p) for p in PAIRS[8:]])

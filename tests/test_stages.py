@@ -53,7 +53,7 @@ def test_rules_judge_reasoning_and_the_reward_model_the_rest(language_weight):
     assert parts["preference"] == [None, None, *lengths[2:]]
     assert judge.asked == [*zip(texts[2:], [HELLO, HELLO, BAD, BAD])]
     language = [1.0, 1.0, 0.5, 1.0, 1.0, 1.0]
-    assert parts.get("language") == (language if language_weight else None)
+    assert parts["language"] == language  # shown even where it weighs nothing
     expected = [4.0, 0.0, 3.0 + lengths[2], lengths[3], 3.0 + lengths[4], lengths[5]]
     expected = torch.tensor([r + language_weight * value for r, value in zip(expected, language)])
     torch.testing.assert_close(rewards, expected.view(3, 2))
@@ -325,7 +325,7 @@ def test_code_is_data_too(options, monkeypatch):
     plain = grpo.sample_for
     monkeypatch.setattr(grpo, "sample_for", sample_for)
     monkeypatch.setattr(grpo, "judge", JUDGE)
-    tests = ["assert square(3) == 9"], [{"input": "3", "output": "9"}]  # it reads and prints nothing
+    tests = ["assert square(3) == 9"], ["assert square(3) == 9", "assert square(4) == 8"]
     for name, count in (("code.jsonl", 4), ("others.jsonl", 2)):
         write_rows(name, [dict(question=f"{name} {n}", tests=tests[n % 2]) for n in range(count)])
     data = "--model tinier --data code.jsonl --eval_data others.jsonl --eval_samples 1 --steps 1".split()
@@ -526,7 +526,7 @@ def test_a_recipe_that_fails_late_keeps_what_is_finished(options, capsys):
 
 def test_a_preference_loss_that_is_not_finite_ends_the_training(options, monkeypatch):
     folder = grpo.build_base_model("base", width=32)
-    judge = grpo.RewardModel(str(folder), make_config(), torch.device("cpu"), torch.float32, untrained=True)
+    judge = grpo.RewardModel(str(folder), make_config(), torch.device("cpu"), untrained=True)
     monkeypatch.setattr(judge, "scores", lambda rows: torch.full((len(rows),), float("nan"), requires_grad=True))
     with pytest.raises(grpo.RunError, match="not finite"):
         grpo.train_reward_model(judge, [p for p in grpo.general_problems() if p.rejected][:4], make_config())
