@@ -987,11 +987,8 @@ def r1_zero(run):
                 run.save_checkpoint(state)
             if last:
                 break
-    if stopped:
-        raise Stopped(stopped[0], run.again)
     run.facts["after"] = run.evaluate(step)
     run.save_model("final")
-    run.finish()
 
 
 def r1(run):
@@ -1021,7 +1018,6 @@ def r1(run):
     run.stage("4-all-scenarios", "zero", model=dev3, language_weight=language_weight, temperature=0.7,
               preference_steps=cfg.preference_steps or cfg.steps * 9 // 10, reward_model=judge,
               kl_coef=cfg.kl_coef or 0.03, eval_every=0, **shown)
-    run.finish_recipe()
 
 
 def distill(run):
@@ -1047,7 +1043,6 @@ def distill(run):
     short = run.stage("e-few-short", "sft", model=student, data=few, sft_epochs=passes // 6)
     run.stage("e-then-grpo", "zero", model=short, steps=max(1, cfg.steps * 3 // 4),
               learning_rate=0.4 * cfg.learning_rate)
-    run.finish_recipe()
 
 
 # ========================================== Part two: the workshop ==========================================
@@ -1651,15 +1646,14 @@ def pick_device(cfg):
     """Choose the device and the type of the weights on it: bfloat16 where the hardware has it."""
     name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.zeros(1, device=name).device
+        device, dtype = torch.zeros(1, device=name).device, torch.float32
     except (RuntimeError, AssertionError):
         raise InputError(f"device is {cfg.device!r}; it must be auto, cpu or a GPU that torch sees") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    # In bfloat16 the embedded model learns worse: it ends at .939, not .963.
-    auto = torch.bfloat16 if has_bf16 and not is_tiny(cfg.model) else torch.float32
-    return device, auto if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
+        if torch.cuda.is_bf16_supported(False) and not is_tiny(cfg.model):
+            dtype = torch.bfloat16  # in it, the embedded model learns worse: it ends at .939, not .963
+    return device, dtype if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
 
 
 @functools.lru_cache
@@ -1681,10 +1675,8 @@ def load_pretrained(kind, path, field="model", **settings):
         return kind.from_pretrained(path, local_files_only=local, **settings)
     except Exception as error:  # a damaged file can raise anything: each format has errors of its own
         reason = str(error).split("\n")[0][:200]
-        if local and not Path(path).exists():
-            reason = "there is no such folder, and the hub cannot be reached"
-        raise InputError(f"{field} {path!r} cannot be loaded ({reason}); give a checkpoint folder or, with "
-                         f"network, a name on the hub") from error
+        raise InputError(f"{field} {path!r} cannot be loaded ({reason}); give the folder of a checkpoint or, "
+                         f"with network, a name on the hub") from error
 
 
 def load_tokenizer(path, field="model"):
@@ -1718,37 +1710,35 @@ def load_model(path, device, dtype):
         raise InputError(f"model {path!r} lacks weights, {min(loading['missing_keys'])} among them; download "
                          f"or save it again")
     prepare_model(model, path)
-    if model.num_parameters() < 10_000_000 and torch.device(device).type == "cpu":
+    if model.num_parameters() < 10_000_000:
         torch.set_num_threads(1)  # on a busy machine two took 4 to 20 times as long: they wait for each other
     return model.to(device)
 
 
 def recompute_activations(model, cfg):
     """Switch gradient checkpointing on, if it is wanted; it acts in training mode only."""
-    new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # as transformers has it
+    name = "activation_checkpointing_enable"  # an older transformers calls it gradient_checkpointing_enable
     if cfg.gradient_checkpointing:
-        getattr(model, new if hasattr(model, new) else old)({"use_reentrant": False})
+        getattr(model, name, model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def memory_gb(shape, parameters, cfg, dtype, longest_prompt):
+def memory_gb(model, cfg, longest_prompt):
     """Estimate what a GPU holds beside the weights -> GB of training, GB of each completion being sampled.
 
-    `shape` is the model's config. Beside a bfloat16 weight of 2 bytes lie 18 more while it is trained: a
-    gradient (2), the sum of gradients (4), the master (4), two moments (8); beside a float32 weight lie 12.
+    Beside a bfloat16 weight of 2 bytes lie 18 more while it is trained: a gradient (2), the sum of gradients
+    (4), the master (4), two moments (8). Beside a float32 weight lie 12. A reference model is one more copy.
     """
-    size, hidden, layers = dtype.itemsize, shape.hidden_size, shape.num_hidden_layers
-    in_layer = 16 * hidden + 3 * shape.intermediate_size  # numbers that a token needs within one layer
-    kept = layers * (hidden if cfg.gradient_checkpointing else in_layer)
-    cached = 2 * layers * shape.num_key_value_heads * head_size(shape)
-    length = -(-(longest_prompt + cfg.max_completion_tokens) // 256) * 256
-    row = size * cached * length + 24 * shape.vocab_size  # with logits and probabilities in float32
-    if cfg.stage in ("eval", "sample"):  # the pass over the prompts has no update's memory to use
-        prompts = longest_prompt / min(cfg.group_size, cfg.eval_samples)
-        return 0.0, (row + 24 * shape.vocab_size + size * prompts * (cached + in_layer)) / 1e9
-    reference = size if cfg.stage == "zero" and cfg.kl_coef else 0
-    training = (parameters * (reference + (12 if size == 4 else 18)) + 16 * CHUNK
-                + size * cfg.micro_batch_tokens * (kept + in_layer))
-    return training / 1e9, row / 1e9
+    shape, size, layers = model.config, model.dtype.itemsize, model.config.num_hidden_layers
+    length = math.ceil((longest_prompt + cfg.max_completion_tokens) / 256) * 256
+    keys_and_values = 2 * layers * shape.num_key_value_heads * head_size(shape) * length
+    row = size * keys_and_values + 48 * shape.vocab_size  # with its probabilities, in float32, several times
+    if cfg.stage in ("eval", "sample"):
+        return 0.0, row / 1e9
+    copies = (12 if size == 4 else 18) + (size if cfg.stage == "zero" and cfg.kl_coef else 0)
+    in_layer = 16 * shape.hidden_size + 3 * shape.intermediate_size  # numbers a token needs within one layer
+    kept = layers * (shape.hidden_size if cfg.gradient_checkpointing else in_layer)
+    activations = size * cfg.micro_batch_tokens * (kept + in_layer)
+    return (model.num_parameters() * copies + activations + 16 * CHUNK) / 1e9, row / 1e9
 
 
 def fit_into_memory(cfg, model, longest_prompt):
@@ -1758,7 +1748,7 @@ def fit_into_memory(cfg, model, longest_prompt):
     gc.collect()
     torch.cuda.empty_cache()  # of an earlier stage of this process
     free = 0.95e-9 * torch.cuda.mem_get_info(model.device)[0]
-    training, row = memory_gb(model.config, model.num_parameters(), cfg, model.dtype, longest_prompt)
+    training, row = memory_gb(model, cfg, longest_prompt)
     rows = int((free - training) / row)
     show(f"memory    {free:.1f} GB are free beside the weights: {training:.1f} for training, the rest for "
          f"{rows:,} completions at once")
@@ -2079,7 +2069,6 @@ def run_tests(program, tests, time_limit_seconds=5.0):
 # ---- Runs --------------------------------------------------------------------------------------------------
 
 MAY_CHANGE = ("steps", "save_every", "sample_every", "resume", "output_dir")  # when a run is resumed
-LOGS = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl")
 OPENINGS = dict(
     zero="R1-Zero: the model answers, is rewarded by rules, and learns from what was better than the rest",
     sft="Supervised training on given completions", reward="A reward model learns from preference pairs",
@@ -2087,10 +2076,6 @@ OPENINGS = dict(
     r1="R1 in four stages: cold start, reasoning RL, supervised training, RL for everything",
     distill="Distillation: a small student is taught, and beside it trained by GRPO")
 MINUTES = dict(zero=4, r1=8, distill=10)  # for the embedded models on one thread of a laptop
-
-
-class Stopped(Exception):
-    """The user asked to stop: (number of the signal, command that goes on)."""
 
 
 def show(text):
@@ -2112,12 +2097,14 @@ def write_text(path, text):
     os.replace(temporary, path)
 
 
-def file_digest(path):
-    """SHA-256 of a file; empty if there is none."""
-    if not path.is_file():
-        return ""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def digests(folder):
+    """SHA-256 of each file of a checkpoint, by name; files.json, which keeps them, is left out."""
+    found = {}
+    for path in folder.iterdir():
+        if path.is_file() and path.name != "files.json":
+            with open(path, "rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def save_model(model, tokenizer, folder, state=None):
@@ -2130,8 +2117,7 @@ def save_model(model, tokenizer, folder, state=None):
         tokenizer.save_pretrained(temporary)
         if state:
             torch.save(state, temporary / "state.pt")
-            digests = {path.name: file_digest(path) for path in temporary.iterdir() if path.is_file()}
-            write_text(temporary / "files.json", json.dumps(digests))
+            write_text(temporary / "files.json", json.dumps(digests(temporary)))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
     except Exception as error:  # OSError, and what safetensors and torch make of a full disk
@@ -2151,28 +2137,6 @@ def claim_folder(cfg):
             return folder
         if cfg.output_dir:
             raise InputError(f"output_dir {cfg.output_dir!r} is there already; --resume goes on with it")
-
-
-def lock_folder(folder):
-    """Hold a folder for this process -> the open lock; the system lets go when the process ends, however."""
-    lock = open(folder / "lock", "a+", encoding="utf-8")
-    try:
-        if fcntl:  # Windows has none; a new folder is never shared there either
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.seek(0)
-        raise InputError(f"{folder} is in use by process {lock.read()}; wait for its end") from None
-    lock.truncate(0)
-    print(os.getpid(), end="", file=lock, flush=True)
-    return lock
-
-
-def read_config(folder):
-    """Read the settings of a run; InputError if they are missing, damaged or of another version."""
-    try:
-        return Config(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{folder}/config.json is missing, damaged or of another version: {error}") from None
 
 
 def verifies(problem):
@@ -2215,87 +2179,80 @@ class Run:
     summary.json, checkpoint/ (to resume from), best/ and final/ (ordinary transformers checkpoints).
     """
 
-    def __init__(self, cfg, again=""):
-        """Take the folder; InputError if it is in use, or if the run in it had other settings."""
-        self.cfg, self.facts, self.history, self.said, self.began = cfg, {}, [], [], time.perf_counter()
+    def __init__(self, cfg):
+        """Take the folder. Raises InputError if another process has it."""
+        self.cfg, self.facts, self.logs, self.said, self.began = cfg, {}, {}, [], time.perf_counter()
         self.state = self.policy = self.judge = None
         self.folder = Path(cfg.output_dir) if cfg.resume else claim_folder(cfg)
-        self.again = again or f"python grpo.py --resume --output_dir {self.folder}"
-        saved = vars(read_config(self.folder)) if cfg.resume else {}
-        changed = [f"{name} was {value!r} and is {getattr(cfg, name)!r}" for name, value in saved.items()
-                   if value != getattr(cfg, name) and name not in MAY_CHANGE]
-        if changed:
-            raise InputError(f"{self.folder} holds a run, but {', '.join(changed)}; start a new run instead")
-        self.lock = lock_folder(self.folder)
+        self.lock = open(self.folder / "lock", "w", encoding="utf-8")
+        try:
+            if fcntl:  # Windows has none; the system lets go when the process ends, however
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{self.folder} is in use by another process; wait for its end") from None
 
     def prepare(self):
         """Load what the stage needs, cheap checks first -> settings, with max_rows that fit into memory."""
         cfg = self.cfg
         device, dtype = pick_device(cfg)
-        if cfg.model not in EMBEDDED:
-            load_tokenizer(cfg.model)  # a wrong name is told before any data is fetched
         self.problems, self.held_out = load_data(cfg)
         self.general, self.questions = load_general(cfg, False), load_general(cfg, True)[: cfg.eval_problems]
         path = self.load_checkpoint() if cfg.resume else None
         if not path and cfg.model in EMBEDDED:
-            base = f"runs/{cfg.model.replace('tiny', 'base')}-seed{cfg.seed}"
-            path = build_base_model(base, cfg.seed, width=EMBEDDED[cfg.model])
+            path = build_base_model(f"runs/{cfg.model.replace('tiny', 'base')}-seed{cfg.seed}", cfg.seed,
+                                    width=EMBEDDED[cfg.model])
         path = str(path or cfg.model)
         self.tokenizer = load_tokenizer(path)
-        if cfg.stage != "reward":
+        if cfg.stage == "reward":
+            self.judge = RewardModel(path, cfg, device, untrained=True)
+        else:
             self.policy = load_model(path, device, dtype)
-        if judge_path := cfg.reward_model if self.policy else path:
-            self.judge = RewardModel(judge_path, cfg, device, untrained=not self.policy)
-        learner = self.policy or self.judge.model
-        weights = learner.num_parameters()
-        show(f"model     {path}: {learner.config.model_type}, {weights:,} weights, {dtype} on {device}")
-        if cfg.stage == "zero" and (gb := 16e-9 * weights) > 1:  # 16 bytes a weight: itself, masters, moments
-            show(f"disk      a checkpoint takes about {gb:.0f} GB, and for a moment there are two")
-        return fit_into_memory(cfg, learner, self.check_prompts(learner))
+            self.judge = RewardModel(cfg.reward_model, cfg, device) if cfg.reward_model else None
+        self.learner = learner = self.policy or self.judge.model
+        show(f"model     {path}: {learner.config.model_type}, {learner.num_parameters():,} weights, "
+             f"{learner.dtype} on {device}")
+        return fit_into_memory(cfg, learner, self.check_prompts())
 
-    def check_prompts(self, learner):
-        """Show a prompt, warn of unknown words, refuse what is too long -> tokens of the longest prompt."""
+    def check_prompts(self):
+        """Show a prompt, and refuse prompts that leave the model no room -> tokens of the longest."""
         rows = (*self.held_out, *self.problems, *self.general, *self.questions)
-        prompts = [render_prompt(self.tokenizer, row.question, self.cfg) for row in rows]
-        encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        encoded = [encode_prompt(self.tokenizer, render_prompt(self.tokenizer, row.question, self.cfg))
+                   for row in rows]
         longest, limit = max(map(len, encoded)), self.cfg.max_completion_tokens
-        positions = getattr(learner.config, "max_position_embeddings", math.inf)
+        positions = getattr(self.learner.config, "max_position_embeddings", math.inf)
         if longest + limit > positions:
             raise InputError(f"max_completion_tokens is {limit}; with the {longest} of the longest prompt "
                              f"it passes the {positions} positions of the model")
-        unknown = [prompt for prompt, ids in zip(prompts, encoded) if self.tokenizer.unk_token_id in ids]
-        if unknown:
-            show(f"warning   {len(unknown)} prompts hold words unknown to the model, as {unknown[0][:60]!r}")
-        stops = self.tokenizer.convert_ids_to_tokens(sorted(stop_token_ids(learner, self.tokenizer)))
-        show(f"prompt    {prompts[0]!r}, its last ids {encoded[0][-5:]}; stop tokens {stops}")
+        stops = self.tokenizer.convert_ids_to_tokens(sorted(stop_token_ids(self.learner, self.tokenizer)))
+        show(f"prompt    {self.tokenizer.decode(encoded[0])!r}; stop tokens {stops}")  # with unknown words
         return longest
 
-    def log(self, name, row):
-        """Write one more line of a log; a number that is not finite becomes null, as JSON has none."""
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        with open(self.folder / name, "a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    def log(self, name, *rows):
+        """Add rows to a log and write it -> all its rows; JSON knows finite numbers only, others are None."""
+        log = self.logs.setdefault(name, [])
+        for row in rows:
+            log.append({key: None if isinstance(value, float) and not math.isfinite(value) else value
+                        for key, value in row.items()})
+        write_text(self.folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in log))
+        return log
 
     def log_step(self, m, rollout, batch):
         """Show and log a step: its numbers, what looks wrong in them, and now and then a completion."""
-        if len(self.history) % 20 == 0:
-            show(TITLES if self.history else LEGEND + TITLES)
+        history = self.log("metrics.jsonl", m)
+        if len(history) % 20 == 1:
+            show(TITLES if len(history) > 1 else LEGEND + TITLES)
         show(STEP.format(**m))
-        self.history.append({**m, "seconds": time.perf_counter() - self.began})
-        self.log("metrics.jsonl", self.history[-1])
-        if not math.isfinite(m["grad_norm"]):
-            torch.save(vars(rollout), self.folder / f"not_finite_step_{m['step']}.pt")
-        said, self.said = self.said, doctor(self.history)
+        said, self.said = self.said, doctor(history)
         for sentence in self.said:
             if sentence not in said:  # each once, until it changes
                 show(f"     doctor: {sentence}")
-        if self.cfg.sample_every and (m["step"] == 1 or m["step"] % self.cfg.sample_every == 0):
+        if self.cfg.sample_every and (m["step"] - 1) % self.cfg.sample_every == 0:
             row = m["step"] % len(rollout.texts)
             problem, text = batch[row // self.cfg.group_size], rollout.texts[row]
-            sample = dict(step=m["step"], question=problem.question, answer=problem.answer, completion=text,
-                          outcome=judge(text, problem)[1])
-            self.log("samples.jsonl", sample)
-            show(f"     {problem.question} -> {text}  [{sample['outcome']}]")
+            outcome = judge(text, problem)[1]
+            self.log("samples.jsonl", dict(step=m["step"], question=problem.question, answer=problem.answer,
+                                           completion=text, outcome=outcome))
+            show(f"     {problem.question} -> {text}  [{outcome}]")
 
     def evaluate(self, step, samples=None):
         """Evaluate on held-out problems, on screen and on disk; the best model on the way goes to best/."""
@@ -2304,7 +2261,8 @@ class Run:
             result |= evaluate_general(self.policy, self.tokenizer, self.questions, self.cfg, self.judge)
         self.log("evaluations.jsonl", {"step": step, **result})
         show(f"held-out  step {step}: {result['pass_at_1']:.1%} right, {result['maj_at_k']:.1%} by majority")
-        if self.cfg.stage == "zero" and result["pass_at_1"] > self.facts.get("best", {}).get("pass_at_1", -1):
+        best = self.facts.get("best")
+        if self.cfg.stage == "zero" and (not best or result["pass_at_1"] > best["pass_at_1"]):
             self.facts["best"] = dict(step=step, pass_at_1=result["pass_at_1"])
             if step:
                 self.save_model("best")
@@ -2312,86 +2270,65 @@ class Run:
 
     def save_model(self, name):
         """Save what the stage trains as an ordinary checkpoint."""
-        save_model(self.policy or self.judge.model, self.tokenizer, self.folder / name)
+        save_model(self.learner, self.tokenizer, self.folder / name)
 
     def save_checkpoint(self, state):
         """Save a checkpoint to resume from, with the logs so far; at most two exist, while one is written."""
         folder = self.folder / "checkpoint" / f"step-{state['step']:06d}"
         for old in sorted(folder.parent.glob("step-*"))[:-1]:
             shutil.rmtree(old)
-        paths = [path for path in self.folder.glob("*.jsonl") if path.name in LOGS]
-        logs = {path.name: path.read_text(encoding="utf-8") for path in paths}
-        save_model(self.policy, self.tokenizer, folder, {**state, "facts": self.facts, "logs": logs,
-                                                         "seconds": time.perf_counter() - self.began})
+        save_model(self.policy, self.tokenizer, folder, {**state, "facts": self.facts, "logs": self.logs})
 
     def load_checkpoint(self):
         """Take up the newest whole checkpoint -> its folder; what was logged after it is done again."""
         for path in self.folder.rglob("writing-*"):  # what a killed process left half-written
             shutil.rmtree(path)
-        for name in LOGS:
-            (self.folder / name).unlink(missing_ok=True)
         for folder in sorted((self.folder / "checkpoint").glob("step-*"), reverse=True):
-            digests = read_json(folder / "files.json") or {"files.json": None}
-            damaged = [name for name, digest in digests.items() if file_digest(folder / name) != digest]
-            if damaged:
-                show(f"warning   checkpoint {folder} is damaged ({', '.join(damaged)}) and is not used")
-                continue
-            self.state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-            self.facts, self.began = self.state["facts"], self.began - self.state["seconds"]
-            for name, text in self.state["logs"].items():
-                write_text(self.folder / name, text)
-            self.history = [json.loads(line) for line in self.state["logs"]["metrics.jsonl"].splitlines()]
-            return folder
+            if read_json(folder / "files.json") == digests(folder):
+                self.state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+                self.facts, self.logs = self.state["facts"], self.state["logs"]
+                for name in self.logs:
+                    self.log(name)
+                return folder
+            show(f"warning   checkpoint {folder} is damaged and is not used")
         show("warning   there is no whole checkpoint to go on from, so the run starts again")
 
     def begin_recipe(self):
-        """Look at all that is named before it takes long; fix the problems that all stages evaluate on."""
+        """Look at the data of all stages before it takes long; fix the problems that all evaluate on."""
         cfg = self.cfg
-        for name in ("model", "teacher", "reward_model"):
-            if getattr(cfg, name) not in (None, *EMBEDDED):
-                load_tokenizer(getattr(cfg, name), name)
         load_general(cfg, True)
-        cold = load_problems(cfg.cold_start, whole=True, field="cold_start") if cfg.cold_start else []
-        if cfg.cold_start and not any(row.completion for row in cold):
-            raise InputError(f"cold_start {cfg.cold_start!r} has no row with a completion")
+        if cfg.cold_start:
+            rows = load_problems(cfg.cold_start, whole=True, field="cold_start")
+            if not any(row.completion for row in rows):
+                raise InputError(f"cold_start {cfg.cold_start!r} has no row with a completion")
         _, problems = load_data(dataclasses.replace(cfg, stage="zero"))
         path = write_problems(self.folder / "held-out.jsonl", problems)
-        self.shared = dict(cold_start=None, teacher=None, general_data=None, reward_model=None,
-                           preference_steps=0, eval_data=path)
+        self.shared = dict(general_data=None, reward_model=None, preference_steps=0, eval_data=path)
         return cfg
 
     def stage(self, name, stage, **changes):
         """Carry out a stage of a recipe in its own folder, unless it is finished -> the model it leaves."""
         folder = self.folder / name
-        own = dict(stage=stage, output_dir=str(folder), resume=(folder / "config.json").exists())
-        if not own["resume"]:
+        begun = (folder / "config.json").exists()
+        if not begun:
             shutil.rmtree(folder, ignore_errors=True)  # made just before a kill
-        if not (folder / "summary.json").exists():
-            show(f"\n== {name}")
-            carry_out(dataclasses.replace(self.cfg, **{**self.shared, **own, **changes}), self.again)
+        show(f"\n== {name}")
+        carry_out(Run(dataclasses.replace(self.cfg, stage=stage, output_dir=str(folder), resume=begun,
+                                          **{**self.shared, **changes})))
+        facts = read_json(folder / "summary.json")
+        evaluation = facts.get("after", facts.get("before", {}))
+        self.facts.setdefault("results", {})[name] = {**evaluation, "seconds": facts["seconds"]}
         return str(folder / "final")
 
-    def finish_recipe(self):
-        """Show what the stages came to, one a row, and write it to summary.json."""
-        results = {}
-        for path in sorted(self.folder.glob("*/summary.json"), key=os.path.getmtime):
-            facts = read_json(path)
-            evaluation = facts.get("after", facts.get("before", {}))
-            results[path.parent.name] = dict(evaluation, seconds=facts["seconds"])
-        self.finish(results=results)
-
-    def finish(self, **facts):
+    def finish(self):
         """Write summary.json, which tells that the stage is finished, and show what came out."""
-        cfg, facts, seconds = self.cfg, {**self.facts, **facts}, time.perf_counter() - self.began
-        known = dict(stage=cfg.stage, model=cfg.model, steps=cfg.steps, seconds=seconds,
-                     date=time.strftime("%Y-%m-%d %H:%M"), device=str(pick_device(cfg)[0]),
-                     torch=torch.__version__, transformers=transformers.__version__)
-        write_text(self.folder / "summary.json", json.dumps({**known, **facts}, indent=2) + "\n")
+        facts, seconds = self.facts, time.perf_counter() - self.began
+        summary = dict(steps=self.cfg.steps, seconds=seconds, torch=torch.__version__, **facts)
+        write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         both = {name: facts[name] for name in ("before", "after") if name in facts}
         show_table(facts.get("results", both))
-        show("  ".join(f"{name} {fact:.4g}" for name, fact in facts.items() if type(fact) in (int, float)))
         for name in ("accuracy", "mean_tokens", "reflection", "entropy"):
-            values = [row[name] for row in self.history if row[name] is not None and math.isfinite(row[name])]
+            values = [row[name] for row in self.logs.get("metrics.jsonl", []) if row[name] is not None]
             if values:
                 show(f"{name:12} {sparkline(values)} {values[0]:.3g} -> {values[-1]:.3g}")
         if "after" in facts:
@@ -2408,25 +2345,30 @@ TABLE = dict(  # the essentials of an evaluation, and their titles
 
 def show_table(rows):
     """Show the essentials of evaluations, one a row; columns that none has are left out."""
-    titles = {name: title for name, title in TABLE.items() if any(name in row for row in rows.values())}
-    for label, row in {"": titles, **rows}.items() if titles else ():
-        show(f"{label:16}" + "".join(f"{str(row.get(name, '-'))[:7]:>8}" for name in titles))
+    columns = [name for name in TABLE if any(name in row for row in rows.values())]
+    for label, row in {"": TABLE, **rows}.items() if rows else ():
+        show(f"{label:16}" + "".join(f"{str(row.get(name, '-'))[:7]:>8}" for name in columns))
 
 
 @contextlib.contextmanager
 def finishing_steps():
-    """Within it, the first Ctrl-C or SIGTERM is noted, for the end of the step; a second ends at once."""
+    """Note the first Ctrl-C or SIGTERM, and raise it when the block is left; a second one ends at once."""
     noted = []
-    with contextlib.ExitStack() as before:
 
-        def note(signum, _):
-            noted.append(signum)
-            before.close()  # the next signal meets the handlers of before
-            show("finishing this step, then saving; once more to end at once")
+    def note(signum, _):
+        if noted:
+            raise KeyboardInterrupt(signum)
+        noted.append(signum)
+        show("finishing this step, then saving; once more to end at once")
 
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            before.callback(signal.signal, signum, signal.signal(signum, note))
+    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
         yield noted
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    if noted:
+        raise KeyboardInterrupt(noted[0])
 
 
 LEGEND = """Each line is a step. reward: its mean; right, format: shares; tokens: mean length; cut: share
@@ -2441,32 +2383,27 @@ STEP = ("{step:5} {reward:6.2f} {accuracy:6.1%} {format:6.1%} {mean_tokens:6.1f}
 
 def doctor(history):
     """Say in words what looks wrong in the metrics of a run so far, in its last step above all."""
-    m, outcomes, first = history[-1], Counter(history[-1]["outcomes"]), history[0]["entropy"] or 0
-    fives = [mean(row["accuracy"] for row in history[i : i + 5]) for i in range(0, len(history), 5)]
-    weak, too_high = m["accuracy"] < 0.9, "learning_rate is probably too high"
+    m, first, best = history[-1], history[0]["entropy"] or 0, max(row["accuracy"] for row in history)
+    if m["grad_norm"] is None:
+        return ["the gradient is not finite: this update was left out"]
+    weak, unread = m["accuracy"] < 0.9, m["outcomes"].get("unparsable", 0)
     findings = {
         "most completions are cut off: raise max_completion_tokens": m["truncated"] > 0.5,
         "most groups are flat: take easier problems or a larger group_size": m["flat_groups"] > 0.8 and weak,
-        "the policy moves far in a step: lower learning_rate":
-            m["clipped"] > 0.3 or abs(m["ratio"] - 1) > 0.2,
-        f"entropy explodes: {too_high}": m["entropy"] > 2 * first + 0.5,
-        f"entropy has collapsed: {too_high}": m["entropy"] < 0.02 and weak,
-        f"accuracy has fallen far from its best: {too_high}": fives[-1] < max(fives) - 0.2,
-        "the policy is far from the reference: lower learning_rate or raise kl_coef": m["kl"] > 1,
+        "the policy moves far in a step: lower learning_rate": m["clipped"] > 0.3,
+        "entropy explodes: learning_rate is probably too high": m["entropy"] > 2 * first + 0.5,
+        "entropy has collapsed: learning_rate is probably too high": m["entropy"] < 0.02 and weak,
+        "accuracy has fallen far from its best: lower learning_rate": m["accuracy"] < best - 0.3,
         "sampling and training disagree on log-probabilities before any update": m["sampler_gap"] > 0.05,
-        "the gradient is not finite: this update was left out": not math.isfinite(m["grad_norm"]),
-        "many answers could not be read as answers": outcomes["unparsable"] > 0.2 * outcomes.total(),
-        "some answers could not be judged (time-out or error)": outcomes["timeout"] + outcomes["error"] > 0}
+        "many answers could not be read as answers": unread > 0.2 * sum(m["outcomes"].values())}
     return [sentence for sentence, holds in findings.items() if holds]
 
 
-def sparkline(values, width=50):
-    """A curve as one line of text, neighbours averaged down to `width`."""
-    if not values:
-        return ""
-    means = F.adaptive_avg_pool1d(torch.tensor([values], dtype=torch.float), min(width, len(values)))[0]
-    levels = 7.99 * (means - means.min()) / (means.max() - means.min()).clamp(min=1e-9)
-    return "".join("▁▂▃▄▅▆▇█"[int(level)] for level in levels)
+def sparkline(values):
+    """A curve as one line of at most 50 characters; of more values, every second or third … is drawn."""
+    drawn = values[:: math.ceil(len(values) / 50)]
+    low, high = min(drawn), max(drawn)
+    return "".join("▁▂▃▄▅▆▇█"[int(7.99 * (value - low) / (high - low or 1))] for value in drawn)
 
 
 # ---- Stages that do one thing ------------------------------------------------------------------------------
@@ -2477,10 +2414,11 @@ def sft(run):
     cfg = run.prepare()
     before, began = run.evaluate(0), time.perf_counter()
     losses = train_sft(run.policy, run.tokenizer, run.problems, cfg)
-    facts = dict(train_seconds=time.perf_counter() - began, examples=len(run.problems), updates=len(losses),
-                 first_loss=losses[0], last_loss=losses[-1])
+    seconds = time.perf_counter() - began
+    show(f"loss      {losses[0]:.3f} in the first update, {losses[-1]:.3f} in the last of {len(losses)}")
     run.save_model("final")
-    run.finish(**facts, before=before, after=run.evaluate(len(losses)))
+    run.facts.update(first_loss=losses[0], last_loss=losses[-1], train_seconds=seconds, before=before,
+                     after=run.evaluate(len(losses)))
 
 
 def reward_model(run):
@@ -2489,9 +2427,10 @@ def reward_model(run):
     losses = train_reward_model(run.judge, run.problems, cfg)
     chosen = run.judge([(pair.completion, pair) for pair in run.held_out])
     rejected = run.judge([(pair.rejected, pair) for pair in run.held_out])
+    accuracy = mean(map(operator.gt, chosen, rejected))
+    show(f"judge     scores the better reply higher in {accuracy:.1%} of {len(chosen)} held-out pairs")
     run.save_model("final")
-    run.finish(pairs=len(run.problems), first_loss=losses[0], last_loss=losses[-1],
-               held_out_pairs=len(chosen), held_out_accuracy=mean(map(operator.gt, chosen, rejected)))
+    run.facts.update(first_loss=losses[0], last_loss=losses[-1], held_out_accuracy=accuracy)
 
 
 def sample(run):
@@ -2499,24 +2438,22 @@ def sample(run):
     cfg = run.prepare()
     if cfg.general_data:
         given = [row for row in load_problems(cfg.general_data, whole=True) if row.rejected]
-        pairs = preference_pairs(run.policy, run.tokenizer, given, cfg)
-        write_problems(run.folder / "pairs.jsonl", pairs)
-        return run.finish(questions=len(given), pairs=len(pairs))
+        write_problems(run.folder / "pairs.jsonl", preference_pairs(run.policy, run.tokenizer, given, cfg))
+        return
     examples, faults = rejection_sample(run.policy, run.tokenizer, run.problems, cfg)
     if not examples:
         raise RunError(f"no completion of {cfg.model} is fit to learn from: {dict(faults)}; use easier data")
     write_problems(run.folder / "examples.jsonl", examples)
-    run.finish(examples=len(examples), completions=faults.total(), faults=dict(faults))
+    show(f"examples  {len(examples):,}, of {faults.total():,} completions: {dict(faults)}")
+    run.facts["faults"] = dict(faults)
 
 
 def evaluation(run):
     """Evaluation [R1 3] of any checkpoint on any data: of a file, the first eval_problems."""
     run.prepare()
     samples = []
-    result = run.evaluate(0, samples)
-    for row in samples:
-        run.log("samples.jsonl", row)
-    run.finish(before=result)
+    run.facts["before"] = run.evaluate(0, samples)
+    run.log("samples.jsonl", *samples)
 
 
 STAGES = {"zero": r1_zero, "sft": sft, "reward": reward_model, "sample": sample, "eval": evaluation, "r1": r1,
@@ -2544,56 +2481,67 @@ def refuse(message):
 
 def build_parser():
     """Make a parser of Config: each field is a flag, in the group that it stands in."""
-    look = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=110)
     parser = argparse.ArgumentParser(
         usage="python grpo.py [--SETTING VALUE ...]", description=EXAMPLES, allow_abbrev=False,
-        argument_default=argparse.SUPPRESS, formatter_class=look)  # SUPPRESS: only what was typed counts
-    parser.error, group, hints = refuse, None, get_type_hints(Config)
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS)  # only what was typed counts
+    parser.error, hints = refuse, get_type_hints(Config)
     for f in dataclasses.fields(Config):
-        group = parser.add_argument_group(GROUPS[f.name]) if f.name in GROUPS else group
+        if f.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[f.name])
         hint = hints[f.name]
-        kind = next((kind for kind in (hint, *get_args(hint)) if kind in (bool, int, float)), str)
-        words = dict(type=kind, metavar=kind.__name__.upper())
-        if kind is bool:
+        words = dict(type=hint if hint in (int, float) else str, metavar="VALUE")
+        if hint is bool:
             words = dict(action=argparse.BooleanOptionalAction)
         elif get_origin(hint) is Literal:
             words = dict(choices=get_args(hint))
-        default = "the paper's Table 1" if f.default == R1_TEMPLATE else f.default
-        told = f"{f.metadata['help']} [{default}]" + (f", tiny [{TINY[f.name]}]" if f.name in TINY else "")
-        group.add_argument(f"--{f.name}", help=told.replace("%", "%%"), **words)
+        told = f"{f.metadata['help']} [{f.default!s:.40}]"
+        told += f", tiny [{TINY[f.name]}]" if f.name in TINY else ""
+        group.add_argument(f"--{f.name}", help=told, **words)
     return parser
 
 
 def parse_args(argv):
-    """Read the command line: what was typed, over the model's preset or the settings of a run to resume."""
+    """Read the command line: what was typed, over the model's preset or the settings of a run to resume.
+
+    Raises InputError if these cannot be read, or if the run had other settings.
+    """
     typed = vars(build_parser().parse_args(argv))
     if not typed.get("resume"):
         return make_config(**typed)
     first = Path("runs", typed.get("stage", "zero"), "config.json")
     newest = max(Path("runs").glob(f"{first.parent.name}*/config.json"), key=os.path.getmtime, default=first)
-    folder = typed.get("output_dir", str(newest.parent))
-    return Config(**{**vars(read_config(Path(folder))), **typed, "output_dir": folder})
-
-
-def carry_out(cfg, again=""):
-    """Run a stage in a folder; if it fails before anything is saved, the folder goes."""
-    run = Run(cfg, again)
-    summary = read_json(run.folder / "summary.json")
+    folder = typed.setdefault("output_dir", str(newest.parent))
     try:
-        settings = {**vars(cfg), "resume": False, "output_dir": None}
-        write_text(run.folder / "config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-        if summary and (cfg.stage != "zero" or summary["steps"] >= cfg.steps):
-            return show(f"{run.folder} is finished; GRPO goes on with more --steps")
+        cfg = Config(**json.loads(Path(folder, "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{folder}/config.json is missing, damaged or of another version: {error}") from None
+    changed = [f"{name} was {getattr(cfg, name)!r} and is {value!r}" for name, value in typed.items()
+               if value != getattr(cfg, name) and name not in MAY_CHANGE]
+    if changed:
+        raise InputError(f"{folder} holds a run, but {', '.join(changed)}; start a new run instead")
+    return dataclasses.replace(cfg, **typed)
+
+
+def carry_out(run):
+    """Carry out a stage from its first words to its summary; if it fails before it saves, its folder goes."""
+    cfg = run.cfg
+    try:
+        summary = read_json(run.folder / "summary.json")
+        if summary and summary["steps"] >= cfg.steps:
+            return show(f"{run.folder} is finished; it goes on with more --steps")
+        write_text(run.folder / "config.json", json.dumps(vars(cfg), indent=2, ensure_ascii=False) + "\n")
         needed = f"about {MINUTES.get(cfg.stage, 1)} minutes" if cfg.model in EMBEDDED else "see the bars"
         show(f"{OPENINGS[cfg.stage]}. Model: {cfg.model}; time: {needed}.")
+        for name in ("model", "teacher", "reward_model"):  # a wrong name is told before any data is fetched
+            if getattr(cfg, name) not in (None, *EMBEDDED):
+                load_tokenizer(getattr(cfg, name), name)
         STAGES[cfg.stage](run)
+        run.finish()
     except (InputError, OSError):
-        saved = [*run.folder.rglob("summary.json"), *run.folder.rglob("*.safetensors")]
-        if not saved and not cfg.resume:
+        if not cfg.resume and not any(run.folder.glob("*/")):  # no checkpoint, and no stage of a recipe
             shutil.rmtree(run.folder, ignore_errors=True)
         raise
-    except KeyboardInterrupt:
-        raise Stopped(signal.SIGINT, run.again) from None
     finally:
         run.lock.close()
 
@@ -2605,21 +2553,23 @@ def main(argv=None):
             stream.reconfigure(errors="replace")  # a curve must not end a run on an old terminal
     transformers.utils.logging.disable_progress_bar()  # it would show one for every file
     transformers.utils.logging.set_verbosity_error()  # a classifier's new head is no news
+    status = 1
     try:
-        carry_out(parse_args(sys.argv[1:] if argv is None else argv))
-        return 0
-    except Stopped as stop:
-        signum, again = stop.args
-        print(f"\ngrpo.py: stopped; go on with: {again}", file=sys.stderr)
-        return 128 + signum
+        run = Run(parse_args(sys.argv[1:] if argv is None else argv))
+        try:
+            carry_out(run)
+            return 0
+        except KeyboardInterrupt as stop:
+            status = 128 + (stop.args[0] if stop.args else signal.SIGINT)
+            told = f"stopped; go on with: python grpo.py --resume --output_dir {run.folder}"
     except InputError as error:
-        print(f"grpo.py: error: {error}", file=sys.stderr)
-        return 2
+        status, told = 2, f"error: {error}"
     except torch.cuda.OutOfMemoryError:
-        print("grpo.py: stopped: out of GPU memory; lower micro_batch_tokens or max_rows", file=sys.stderr)
+        told = "stopped: out of GPU memory; lower micro_batch_tokens or max_rows"
     except (RunError, OSError) as error:
-        print(f"grpo.py: stopped: {error}", file=sys.stderr)
-    return 1
+        told = f"stopped: {error}"
+    print(f"grpo.py: {told}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

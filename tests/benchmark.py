@@ -180,8 +180,7 @@ def measure_sampling(table, model, tokenizer, prompts, args, cfg, bandwidth):
     seconds, peak, rollout = timed(lambda: grpo.sample_completions(
         model, tokenizer, prompts, group_size=args.group_size, max_completion_tokens=args.completion), args.repeats)
     speed = int(rollout.completion_tokens.sum()) / seconds
-    _, row = grpo.memory_gb(model.config, model.num_parameters(), grpo.dataclasses.replace(cfg, stage="eval"), DTYPE,
-                            int(rollout.prompt_tokens.max()))
+    _, row = grpo.memory_gb(model, cfg, int(rollout.prompt_tokens.max()))
     table.add("sample_completions", rows, speed, speed / base if base else None, seconds,
               floor_seconds(model, rollout, bandwidth) / seconds, peak, weights + rows * row if GPU else None)
     model.grpo_decoder = None
@@ -243,7 +242,7 @@ def main():
     optimizer = grpo.MasterAdamW(model, 1e-9)
     rollout.old_logprobs, rollout.advantages = rollout.sample_logprobs, torch.randn(rows, device=DEVICE)
     seconds, peak, _ = timed(lambda: grpo.update_policy(model, optimizer, rollout, cfg, 1e-9), args.repeats)
-    training, _ = grpo.memory_gb(model.config, model.num_parameters(), cfg, DTYPE, args.prompt)
+    training, _ = grpo.memory_gb(model, cfg, args.prompt)
     estimate = training + model.num_parameters() * DTYPE.itemsize / 1e9 if GPU else None
     table.add("update_policy", rows, tokens / seconds, None, seconds, None, peak, estimate)
     base, step = trl[1] / trl[0] if trl else None, sampling_seconds + seconds

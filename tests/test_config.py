@@ -116,7 +116,7 @@ def test_help_names_each_setting_once_in_groups_with_the_defaults_of_the_model(c
         grpo.main(["--help", "--model", "Qwen/Qwen2.5-0.5B"])
     for text in (done.stdout, capsys.readouterr().out):
         lines = text.splitlines()
-        assert len(lines) <= 100 and max(map(len, lines)) <= 110
+        assert len(lines) <= 140 and max(map(len, lines)) <= 90  # on a terminal of 80 columns
         assert sorted(re.findall(r"^  --(\w+)", text, re.M)) == sorted([*FIELDS])
         groups = re.findall(r"^(\w.*):$", text, re.M)
         assert len(groups) >= 9 and {"GRPO", "sampling", "rewards", "evaluation"} <= {*groups}

@@ -95,7 +95,7 @@ def test_the_hub_is_asked_once_and_not_for_long(answer, reachable, monkeypatch):
     grpo.hub_is_reachable.cache_clear()
     assert [grpo.load_pretrained(kind, "no/such") for _ in range(2)] == [not reachable] * 2 and asked == [5]
     kind.from_pretrained = None
-    with pytest.raises(grpo.InputError, match="object is not callable" if reachable else "no such folder, and the hub"):
+    with pytest.raises(grpo.InputError, match="'no/such' cannot be loaded .*object is not callable"):
         grpo.load_pretrained(kind, "no/such")
     grpo.hub_is_reachable.cache_clear()
 
@@ -133,6 +133,6 @@ def test_a_row_of_the_formula_is_a_row_of_the_decoder(make_model):
     model, cfg = make_model(), grpo.Config(model="x", max_completion_tokens=250)
     decoder = grpo.Decoder(model, (10, 256, 250), [0])
     held = decoder.cache.nbytes
-    _, row = grpo.memory_gb(model.config, model.num_parameters(), cfg, model.dtype, longest_prompt=6)
-    assert row * 1e9 * 10 == pytest.approx(held + 10 * 24 * 320)
+    _, row = grpo.memory_gb(model, cfg, longest_prompt=6)
+    assert row * 1e9 * 10 == pytest.approx(held + 10 * 48 * 320)
     assert grpo.fit_into_memory(cfg, model, 6) is cfg  # nothing to plan on a CPU
