@@ -291,10 +291,12 @@ def batch_of_problems(problems, step, cfg):
 
     This is a function of seed and step alone, so a resumed run needs no other memory of its place.
     """
+    @functools.cache
+    def order(epoch):
+        return random.Random(f"{cfg.seed}/{epoch}").sample(problems, len(problems))
+
     places = range((step - 1) * cfg.prompts_per_step, step * cfg.prompts_per_step)
-    orders = {epoch: random.Random(f"{cfg.seed}/{epoch}").sample(problems, len(problems))
-              for epoch in {place // len(problems) for place in places}}
-    return [orders[place // len(problems)][place % len(problems)] for place in places]
+    return [order(place // len(problems))[place % len(problems)] for place in places]
 
 
 @torch.no_grad()
@@ -308,42 +310,36 @@ def score_logprobs(model, rollout, cfg):
 
 
 def update_policy(policy, optimizer, rollout, cfg, learning_rate):
-    """Take one optimizer step on these completions -> sums over tokens, the loss, and the gradient's norm."""
+    """Take one optimizer step on these completions -> its loss, gradient norm, and means over tokens."""
     policy.train()
     in_loss = rollout.completion_mask & ~(rollout.truncated[:, None] & cfg.mask_truncated)
-    weights = loss_weights(in_loss, cfg.loss_average, cfg.max_completion_tokens)
-    sums, max_kl = Counter(), 0.0
+    rollout.weights = loss_weights(in_loss, cfg.loss_average, cfg.max_completion_tokens)
+    sums = Counter()
     for rows in micro_batches(rollout, cfg.micro_batch_tokens):
         part = rollout.select(rows)
-        width = part.sample_logprobs.shape[1]
+        mask = part.weights > 0
         logprobs, entropy = token_logprobs(policy, part, cfg.temperature, return_entropy=True)
         loss, stats = grpo_loss(
-            logprobs, part.old_logprobs, part.ref_logprobs, part.advantages, in_loss[rows, :width],
-            weights[rows, :width], clip_eps=cfg.clip_eps, clip_eps_high=cfg.clip_eps_high or None,
-            kl_coef=cfg.kl_coef)
+            logprobs, part.old_logprobs, part.ref_logprobs, part.advantages, mask, part.weights,
+            clip_eps=cfg.clip_eps, clip_eps_high=cfg.clip_eps_high or None, kl_coef=cfg.kl_coef)
         loss.backward()
         optimizer.accumulate()
-        gap = (logprobs.detach() - part.sample_logprobs).abs()[part.completion_mask].sum()
-        max_kl = max(max_kl, stats.pop("max_kl"))
-        sums.update(stats, loss=loss.item(), entropy=entropy.sum().item(), sampler_gap=gap.item(),
-                    all_tokens=int(part.completion_tokens.sum()))
-    grad_norm = optimizer.step(learning_rate)
-    return {**sums, "max_kl": max_kl, "grad_norm": grad_norm, "moved": optimizer.moved}
+        gap = (logprobs.detach() - part.sample_logprobs).abs()
+        sums.update(stats, loss=loss.item(), entropy=entropy[mask].sum().item(),
+                    sampler_gap=gap[mask].sum().item())
+    means = {name: total / max(1, sums["tokens"]) for name, total in sums.items()}
+    return {**means, "loss": sums["loss"], "grad_norm": optimizer.step(learning_rate)}
 
 
 def step_metrics(step, rollout, rewards, parts, outcomes, updates):
     """Describe a step in numbers; the README's glossary explains each."""
-    total = {name: sum(update[name] for update in updates) for name in updates[0]}
-    in_loss, all_tokens, count = max(1, total["tokens"]), max(1, total["all_tokens"]), len(updates)
+    names = ("loss", "grad_norm", "kl", "ratio", "clipped", "entropy")
     return dict(
         step=step, reward=float(rewards.mean()), **{name: mean(part) for name, part in parts.items()},
         mean_tokens=mean(rollout.completion_tokens.tolist()), truncated=mean(rollout.truncated.tolist()),
         flat_groups=mean(is_flat(rewards).tolist()), reflection=mean(map(reflects, rollout.texts)),
-        loss=total["loss"] / count, grad_norm=total["grad_norm"] / count, moved=total["moved"] / count,
-        kl=total["kl"] / in_loss, max_kl=max(update["max_kl"] for update in updates),
-        ratio=total["ratio"] / in_loss, clip_fraction=total["clipped"] / in_loss,
-        entropy=total["entropy"] / all_tokens,
-        sampler_gap=updates[0]["sampler_gap"] / max(1, updates[0]["all_tokens"]), outcomes=dict(outcomes))
+        **{name: mean(update[name] for update in updates) for name in names},
+        sampler_gap=updates[0]["sampler_gap"], outcomes=dict(outcomes))
 
 
 # ---- Rewards [R1 2.2.2, 2.3.2, 2.3.4] ----------------------------------------------------------------------
@@ -495,6 +491,7 @@ class Rollout:
     advantages: torch.Tensor | None = None  # (batch,)
     old_logprobs: torch.Tensor | None = None  # (batch, completion), of π_old
     ref_logprobs: torch.Tensor | None = None  # (batch, completion), of π_ref
+    weights: torch.Tensor | None = None  # (batch, completion), of each token in the loss
 
     @property
     def completion_mask(self):
@@ -520,8 +517,7 @@ def pick_tokens(logits, uniform, temperature, top_p=1.0):
     0 is greedy, with the log-probabilities of temperature 1. top_p leaves the smallest set of most probable
     tokens that reaches it, and what is as probable as the last of them; all, if 4,096 tokens do not reach it.
     """
-    scaled = logits.float() if temperature in (0, 1) else logits.float() / temperature
-    logprobs = scaled.log_softmax(-1)
+    logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)
     if temperature == 0:
         tokens = logprobs.argmax(-1, keepdim=True)
     else:
@@ -546,53 +542,47 @@ def sample_completions(model, tokenizer, prompts: list[str], *, group_size: int,
     that leave once they have ended, or on waves (beyond `max_rows` rows, prompts go wave after wave). Raises
     ValueError where an argument makes no sense.
     """
-    if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
-        raise ValueError(f"prompts is {str(prompts)[:40]!r}; it must be a list of at least one text")
-    if group_size < 1 or max_completion_tokens < 1 or temperature < 0:
-        raise ValueError(f"group_size is {group_size}, max_completion_tokens {max_completion_tokens} and "
-                         f"temperature {temperature}; they must be at least 1, 1 and 0")
+    sensible = group_size >= 1 and max_completion_tokens >= 1 and temperature >= 0
+    if isinstance(prompts, str) or not prompts or not sensible:
+        raise ValueError(f"prompts is {str(prompts)[:40]!r}, group_size {group_size}, max_completion_tokens "
+                         f"{max_completion_tokens}, temperature {temperature}; they must be a list of texts, "
+                         f"at least 1, at least 1, and at least 0")
     model.eval()  # no dropout; and no gradient checkpointing, which would switch the cache off
-    device, rows = model.device, len(prompts) * group_size
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    prompt_tokens = torch.tensor([len(ids) for ids in encoded], device=device)
+    prompt_ids, rows = pad_rows(encoded).to(model.device), len(prompts) * group_size
+    prompt_tokens = torch.tensor([len(ids) for ids in encoded], device=model.device)
     # Drawn on the CPU, for all rows and steps at once: the same numbers on every device.
     uniform = torch.rand(rows, max_completion_tokens, generator=torch.Generator().manual_seed(seed))
-    uniform = uniform.clamp(max=1 - 1e-6).to(device)  # rounding must not pass the end of a cumulative sum
+    uniform = uniform.clamp(max=1 - 1e-6).to(model.device)  # rounding must not pass the end of the sum
 
-    # On CUDA every shape is a graph of its own, and every look at `done` waits for the device.
-    bucket, check_every, shrink = (256, 16, 0.5) if device.type == "cuda" else (32, 1, 0.9)
-    round_up = lambda length: -(-length // bucket) * bucket  # noqa: E731
-    per_wave = max(1, min(max_rows or rows, rows) // group_size)
-    max_length = round_up(int(prompt_tokens.max()) + max_completion_tokens)
-    decoder = decoder_for(model, (per_wave * group_size, max_length, max_completion_tokens),
+    wave = max(1, min(max_rows or rows, rows) // group_size)  # prompts at a time
+    longest = prompt_ids.shape[1]
+    decoder = decoder_for(model, wave * group_size, longest + max_completion_tokens, max_completion_tokens,
                           sorted(stop_token_ids(model, tokenizer)))
     ids, logprobs = [], []
-    for wave in torch.arange(len(prompts), device=device).split(per_wave):
-        going, first = len(wave) * group_size, int(wave[0]) * group_size
-        here, longest = slice(0, going), int(prompt_tokens[wave].max())
-        decoder.prefill(pad_rows([encoded[i] for i in wave.tolist()]).to(device), prompt_tokens[wave],
-                        group_size, uniform[first : first + going], temperature, top_p)
+    waves = zip(prompt_ids.split(wave), prompt_tokens.split(wave), uniform.split(wave * group_size))
+    for part, tokens, numbers in waves:
+        decoder.prefill(part, tokens, group_size, numbers, temperature, top_p)
+        going = len(numbers)
         for t in tqdm(range(1, max_completion_tokens), "sampling", delay=5, leave=False):
-            if t % check_every == 0:
-                left = going - int(decoder.done[:going].sum())
-                if left == 0:
-                    break
-                if left <= shrink * going:
-                    decoder.drop_ended(going, going := int(shrink * going))
-            decoder.step(going, round_up(longest + t))
-        ids.append(decoder.ids[here, :max_completion_tokens].clone())
-        logprobs.append(decoder.logprobs[here, :max_completion_tokens].clone())
+            going = decoder.drop_ended(going, t)
+            if going == 0:
+                break
+            decoder.step(going, longest + t)
+        ids.append(decoder.ids[: len(numbers), :max_completion_tokens].clone())
+        logprobs.append(decoder.logprobs[: len(numbers), :max_completion_tokens].clone())
     return as_rollout(tokenizer, prompts, encoded, torch.cat(ids), torch.cat(logprobs), decoder.stops)
 
 
 def as_rollout(tokenizer, prompts, encoded, ids, logprobs, stops):
     """Cut sampled ids (batch, max_completion_tokens) behind the first end token; join them to the prompts."""
-    ended, group_size, ends = torch.isin(ids, stops), len(ids) // len(prompts), {*stops.tolist()}
+    ended, group_size, ends = torch.isin(ids, stops), len(ids) // len(prompts), stops.tolist()
     lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, ids.shape[1])
     completions = [row[:n] for row, n in zip(ids.tolist(), lengths.tolist())]
-    texts = tokenizer.batch_decode([[i for i in row if i not in ends] for row in completions])
-    texts = ["<think>" * prompts[b // group_size].rstrip().endswith("<think>") + text
-             for b, text in enumerate(texts)]
+    texts = tokenizer.batch_decode([row[:-1] if row[-1] in ends else row for row in completions])
+    for b, text in enumerate(texts):
+        if prompts[b // group_size].rstrip().endswith("<think>"):
+            texts[b] = "<think>" + text
     rollout = join_rollout([encoded[b // group_size] for b in range(len(ids))], completions, texts, logprobs)
     rollout.truncated = ~ended.any(1)
     rollout.sample_logprobs = rollout.sample_logprobs.masked_fill(~rollout.completion_mask, 0.0)
@@ -601,11 +591,11 @@ def as_rollout(tokenizer, prompts, encoded, ids, logprobs, stops):
 
 def join_rollout(prompts, completions, texts, logprobs):
     """A Rollout of token ids of prompts and completions, lists of batch lists; none is truncated."""
-    device, lengths = logprobs.device, torch.tensor([len(ids) for ids in completions])
-    return Rollout(ids=pad_rows([head + ids for head, ids in zip(prompts, completions)]).to(device),
-                   prompt_tokens=torch.tensor([len(ids) for ids in prompts], device=device),
-                   completion_tokens=lengths.to(device), truncated=(lengths < 0).to(device),  # none is
-                   sample_logprobs=logprobs[:, : int(lengths.max())], texts=list(texts))
+    ids = pad_rows([prompt + completion for prompt, completion in zip(prompts, completions)])
+    prompt_tokens, lengths = (torch.tensor([len(row) for row in rows]) for rows in (prompts, completions))
+    return Rollout(ids.to(logprobs.device), prompt_tokens.to(logprobs.device), lengths.to(logprobs.device),
+                   torch.zeros_like(lengths, dtype=torch.bool, device=logprobs.device),
+                   logprobs[:, : int(lengths.max())], list(texts))
 
 
 # ---- Log-probabilities, advantages, loss, optimiser [R1 Eq. 1-3] -------------------------------------------
@@ -690,13 +680,10 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, completion_mask,
               clip_eps=0.2, clip_eps_high=None, kl_coef=0.0):
     """-[R1 Eq. 1], token by token: the weighted sum of β KL - min(ρ A, clip(ρ, 1-ε, 1+ε) A).
 
-    All are (batch, completion) but advantages, (batch,); weights as from `loss_weights`, by default GRPO's.
-    -> the loss, and sums over tokens of kl, clipped (the clip cuts the gradient), ratio, tokens; and max_kl.
+    All are (batch, completion) but advantages, (batch,); the mask is bool; weights as from `loss_weights`, by
+    default GRPO's. Without kl_coef, ref_logprobs may be None. -> the loss, and sums over tokens of kl, ratio,
+    clipped (the clip cuts the gradient), and tokens.
     """
-    if completion_mask.dtype != torch.bool:
-        raise ValueError(f"completion_mask is of {completion_mask.dtype}; it must be bool")
-    if kl_coef and ref_logprobs is None:
-        raise ValueError(f"kl_coef is {kl_coef}, but ref_logprobs is None; the KL needs them")
     weights = loss_weights(completion_mask) if weights is None else weights
     # Log-ratios are zeroed in the padding before exp: after it, 0 x inf would be NaN in the backward pass.
     log_ratio = (logprobs - old_logprobs).masked_fill(~completion_mask, 0.0).clamp(-20, 20)
@@ -710,8 +697,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, completion_mask,
     loss = (weights * (kl_coef * kl - surrogate)).sum()
     clipped = completion_mask & (surrogate < ratio * advantages[:, None])
     sums = dict(kl=kl, clipped=clipped, ratio=ratio * completion_mask, tokens=completion_mask)
-    stats = {name: float(value.detach().sum()) for name, value in sums.items()}
-    return loss, {**stats, "max_kl": float(kl.detach().max())}
+    return loss, {name: value.detach().sum().item() for name, value in sums.items()}
 
 
 class MasterAdamW:
@@ -727,7 +713,6 @@ class MasterAdamW:
         self.rounded = [(w, master) for w, master in zip(weights, self.masters) if w is not master]
         self.adamw = torch.optim.AdamW(self.masters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0,
                                        fused=model.device.type == "cuda")
-        self.moved = 1.0  # share of the rounded weights that the last step changed
 
     def state_dict(self):
         """AdamW's state, and the masters where they are not the weights themselves."""
@@ -754,13 +739,8 @@ class MasterAdamW:
         if math.isfinite(norm):
             self.adamw.param_groups[0]["lr"] = learning_rate
             self.adamw.step()
-            moved = 0
             for weight, master in self.rounded:
-                before = weight.clone()
                 weight.copy_(master)  # in place: CUDA graphs read weights where they lie
-                moved += int((weight != before).sum())
-            if self.rounded:
-                self.moved = moved / sum(weight.numel() for weight, _ in self.rounded)
         self.adamw.zero_grad()
         return norm
 
@@ -903,15 +883,12 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 def majority_vote(predictions, equal=None):
     """The answer given most often, equal ones counted as one; None does not vote; a tie goes to the first."""
-    ballots: list[list] = []
-    for predicted in (p for p in predictions if p is not None):
-        for ballot in ballots:
-            if (equal or answers_equal)(predicted, ballot[0]):
-                ballot.append(predicted)
-                break
-        else:
-            ballots.append([predicted])
-    return max(ballots, key=len)[0] if ballots else None
+    ballots, equal = Counter(), equal or answers_equal
+    for predicted in predictions:
+        if predicted is not None:
+            alike = (answer for answer in ballots if equal(answer, predicted))
+            ballots[next(alike, predicted)] += 1
+    return max(ballots, key=ballots.get, default=None)
 
 
 def same_text(a, b):
@@ -939,20 +916,20 @@ def evaluate(model, tokenizer, problems, cfg, samples=None):
     right = [outcome == "right" for outcome in outcomes]
     lenient = [ok or problem.task != "code" and judge(text, problem, lenient=True)[1] == "right"
                for ok, (text, problem) in zip(right, rows)]
-    groups = [slice(i * n, i * n + n) for i in range(len(problems))]
-    counts = [sum(right[group]) for group in groups]
-    votes = [majority_vote(predicted[group], answers_equal if problem.task == "math" else same_text)
-             for group, problem in zip(groups, problems)]
+    counts, votes = [], []
+    for i, problem in enumerate(problems):
+        group = slice(i * n, i * n + n)
+        counts.append(sum(right[group]))
+        vote = majority_vote(predicted[group], answers_equal if problem.task == "math" else same_text)
+        votes.append(vote is not None and right[group][predicted[group].index(vote)])  # code runs only once
     if samples is not None:
         samples += [dict(question=problem.question, answer=problem.answer, completion=text, outcome=outcome)
                     for (text, problem), outcome in zip(rows, outcomes)]
+    ks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= n]
     return dict(
         interval=half_interval([count / n for count in counts]),
-        **{f"pass_at_{k}": mean(pass_at_k(n, count, k) for count in counts) for k in (1, 2, 4, 8, 16, 32, 64)
-           if k <= n},
-        maj_at_k=mean(vote is not None and right[group][predicted[group].index(vote)]  # code runs only once
-                      for vote, group in zip(votes, groups)),
-        k=n, problems=len(problems), lenient_accuracy=mean(lenient),
+        **{f"pass_at_{k}": mean(pass_at_k(n, count, k) for count in counts) for k in ks},
+        maj_at_k=mean(votes), k=n, problems=len(problems), lenient_accuracy=mean(lenient),
         format_rate=mean(format_reward(*row) for row in rows),
         language=mean(language_reward(*row) for row in rows),
         truncated_rate=mean(rollout.truncated.tolist()), mean_tokens=mean(rollout.completion_tokens.tolist()),
@@ -974,11 +951,11 @@ def evaluate_general(model, tokenizer, questions, cfg, reward_model=None):
     rollout = sample_for(model, tokenizer, questions, cfg, n, cfg.seed, cfg.eval_temperature, EVAL_TOP_P)
     rows = [(text, questions[b // n]) for b, text in enumerate(rollout.texts)]
     result = {task: mean(says_the_same(*row) for row in rows if row[1].task == task)
-              for task in dict.fromkeys(question.task for question in questions)}
+              for task in sorted({question.task for question in questions})}
     if reward_model:
-        ours = torch.tensor(reward_model(rows))
-        good = torch.tensor(reward_model([(question.completion, question) for question in questions]))
-        result["judge"] = float((ours - good.repeat_interleave(n)).sigmoid().mean())
+        good = [(question.completion, question) for _, question in rows]
+        margins = torch.tensor(reward_model(rows)) - torch.tensor(reward_model(good))
+        result["judge"] = float(margins.sigmoid().mean())
     return result
 
 
@@ -1052,8 +1029,7 @@ def distill(run):
     cfg = run.begin_recipe()
     student = "tinier" if cfg.model == "tiny" else cfg.model
     teacher = cfg.teacher or run.stage("0-teacher", "zero", language_weight=1.0)
-    template = TINY["template"] if is_tiny(teacher) else cfg.template
-    run.stage("0-samples", "sample", model=teacher, template=template)
+    run.stage("0-samples", "sample", model=teacher)
     many = str(run.folder / "0-samples" / "examples.jsonl")
     rows = read_problems(many)
     few = write_problems(run.folder / "few.jsonl", rows[:100])
@@ -1537,19 +1513,19 @@ class Decoder:
     """
 
     def __init__(self, model, sizes, stops):
-        self.sizes, (rows, max_length, max_completion_tokens) = sizes, sizes
-        shape = (rows, model.config.num_key_value_heads, max_length, head_size(model.config))
-        zeros = functools.partial(torch.zeros, device=model.device)
-        self.keys = [zeros(shape, dtype=model.dtype) for _ in model.base_model.layers]
-        self.values = [torch.zeros_like(key) for key in self.keys]
-        self.index = torch.arange(rows, device=model.device)
-        self.row = self.index.clone()  # which completion lies in a row, once others have left
-        self.token, self.position = torch.zeros_like(self.index), torch.zeros_like(self.index)
-        self.done = zeros(rows, dtype=torch.bool)
-        self.time = zeros(1, dtype=torch.long)  # completion tokens drawn so far
-        self.ids = zeros(rows, max_completion_tokens, dtype=torch.long)
-        self.logprobs, self.uniform = zeros(rows, max_completion_tokens), zeros(rows, max_completion_tokens)
-        self.stops = torch.tensor(stops, device=model.device)
+        self.sizes, (rows, length, max_completion_tokens) = sizes, sizes
+        layers, heads = model.config.num_hidden_layers, model.config.num_key_value_heads
+        with model.device:
+            self.cache = torch.zeros(  # keys and values
+                layers, 2, rows, heads, length, head_size(model.config), dtype=model.dtype)
+            self.index = torch.arange(rows)
+            self.row = torch.arange(rows)  # which completion lies in a row, once others have left
+            self.token, self.position = torch.zeros_like(self.index), torch.zeros_like(self.index)
+            self.done = torch.zeros(rows, dtype=torch.bool)
+            self.time = torch.zeros(1, dtype=torch.long)  # completion tokens drawn so far
+            self.ids = torch.zeros(rows, max_completion_tokens, dtype=torch.long)
+            self.logprobs, self.uniform = torch.zeros(self.ids.shape), torch.zeros(self.ids.shape)
+            self.stops = torch.tensor(stops)
         self.trunk, self.head = model.base_model, model.get_output_embeddings()
         self.width, self.temperature, self.top_p = 0, 1.0, 1.0  # of the rollout going on
         self.graphs, self.use_graphs = {}, model.device.type == "cuda"
@@ -1562,16 +1538,16 @@ class Decoder:
 
     def update(self, key, value, layer, *_, **__):
         """Store the keys and values of one new token of each row -> all those its query may look at."""
-        rows = self.index[: len(key)]
-        self.keys[layer][rows, :, self.position[rows]] = key[:, :, 0]
-        self.values[layer][rows, :, self.position[rows]] = value[:, :, 0]
-        return self.keys[layer][: len(key), :, : self.width], self.values[layer][: len(key), :, : self.width]
+        rows, position = self.index[: len(key)], self.position[: len(key)]
+        keys, values = self.cache[layer]
+        keys[rows, :, position], values[rows, :, position] = key[:, :, 0], value[:, :, 0]
+        return keys[: len(key), :, : self.width], values[: len(key), :, : self.width]
 
     def prefill(self, ids, prompt_tokens, group_size, uniform, temperature, top_p):
         """Read the prompts once, ids (prompts, length), and draw the first token of every completion."""
-        rows, cache = len(ids) * group_size, DynamicCache()
+        rows, cache = len(uniform), DynamicCache()
         hidden = self.trunk(ids, None, None, cache, use_cache=True).last_hidden_state
-        for keys, values, layer in zip(self.keys, self.values, cache.layers):  # shared out to the whole group
+        for (keys, values), layer in zip(self.cache, cache.layers):  # shared out to the whole group
             keys[:rows, :, : ids.shape[1]] = layer.keys.repeat_interleave(group_size, 0)
             values[:rows, :, : ids.shape[1]] = layer.values.repeat_interleave(group_size, 0)
         self.temperature, self.top_p = temperature, top_p
@@ -1614,12 +1590,14 @@ class Decoder:
             self.decode(rows)
         return graph
 
-    def step(self, rows, width):
+    def step(self, rows, length):
         """Call `decode`, on CUDA by a graph, or thousands of small kernels would wait for Python.
 
         Rows that have ended and not yet left go on too; what they draw is cut off at the end.
         """
-        self.width, key = width, (rows, width, self.temperature, self.top_p)
+        bucket = 256 if self.use_graphs else 32  # on CUDA every width is a graph of its own
+        self.width = bucket * math.ceil(length / bucket)
+        key = (rows, self.width, self.temperature, self.top_p)
         if not self.use_graphs:
             self.decode(rows)
         elif key in self.graphs:
@@ -1627,26 +1605,37 @@ class Decoder:
         else:
             self.graphs[key] = self.capture(rows)
 
-    def drop_ended(self, rows, keep):
-        """Of the first `rows` rows, move those still going beyond `keep` to where one has ended."""
-        going = keep + (~self.done[keep:rows]).nonzero()[:, 0]
-        ended = self.done[:keep].nonzero()[: len(going), 0]
-        for state in (*self.keys, *self.values, self.row, self.token, self.position, self.done):
-            state[ended] = state[going]
+    def drop_ended(self, going, t):
+        """Now and then, let rows that have ended leave -> how many rows go on; 0 when all have ended.
+
+        On CUDA every look at `done` waits for the device, and every number of rows is a graph of its own.
+        """
+        every, shrink = (16, 0.5) if self.use_graphs else (1, 0.9)
+        if t % every:
+            return going
+        left, keep = going - int(self.done[:going].sum()), int(shrink * going)
+        if left > keep:
+            return going
+        late = keep + (~self.done[keep:going]).nonzero()[:, 0]  # these move to where others have ended
+        ended = self.done[:keep].nonzero()[: len(late), 0]
+        for state in (*self.cache.flatten(0, 1), self.row, self.token, self.position, self.done):
+            state[ended] = state[late]
+        return keep if left else 0
 
 
-def decoder_for(model, sizes, stops):
+def decoder_for(model, rows, length, max_completion_tokens, stops):
     """Find the model's own decoder, whose graphs read its weights where they lie, or make a larger one.
 
-    sizes: rows, max_length, max_completion_tokens. A model that `load_model` did not load is prepared first.
+    A model that `load_model` did not load is prepared first.
     """
+    sizes = (rows, 256 * math.ceil(length / 256), max_completion_tokens)
     if model.config._attn_implementation != "grouped":
         prepare_model(model)
     decoder = getattr(model, "grpo_decoder", None)
-    have = decoder.sizes if decoder else (0, 0, 0)
-    if not decoder or any(h < s for h, s in zip(have, sizes)) or decoder.stops.tolist() != stops:
+    sizes = tuple(map(max, sizes, decoder.sizes)) if decoder else sizes
+    if not decoder or decoder.sizes != sizes or decoder.stops.tolist() != stops:
         model.grpo_decoder = decoder = None  # the old one's memory goes first
-        model.grpo_decoder = Decoder(model, tuple(map(max, have, sizes)), stops)
+        model.grpo_decoder = Decoder(model, sizes, stops)
     return model.grpo_decoder
 
 
@@ -2384,7 +2373,7 @@ kl: distance from the reference, nats a token; clip: tokens whose gradient is cu
 """
 TITLES = " step reward  right format tokens  cut again flat     kl  clip entropy     s"
 STEP = ("{step:5} {reward:6.2f} {accuracy:6.1%} {format:6.1%} {mean_tokens:6.1f} {truncated:4.0%} "
-        "{reflection:5.0%} {flat_groups:4.0%} {kl:6.4f} {clip_fraction:5.1%} {entropy:7.2f} "
+        "{reflection:5.0%} {flat_groups:4.0%} {kl:6.4f} {clipped:5.1%} {entropy:7.2f} "
         "{step_seconds:5.1f}")
 
 
@@ -2397,7 +2386,7 @@ def doctor(history):
     findings = {
         "most completions are cut off: raise max_completion_tokens": m["truncated"] > 0.5,
         "most groups are flat: take easier problems or a larger group_size": m["flat_groups"] > 0.8 and weak,
-        "the policy moves far in a step: lower learning_rate": m["clip_fraction"] > 0.3,
+        "the policy moves far in a step: lower learning_rate": m["clipped"] > 0.3,
         "entropy explodes: learning_rate is probably too high": m["entropy"] > 2 * first + 0.5,
         "entropy has collapsed: learning_rate is probably too high": m["entropy"] < 0.02 and weak,
         "accuracy has fallen far from its best: lower learning_rate": m["accuracy"] < best - 0.3,

@@ -132,7 +132,7 @@ def test_max_rows_are_what_memory_holds(monkeypatch):
 def test_a_row_of_the_formula_is_a_row_of_the_decoder(make_model):
     model, cfg = make_model(), grpo.Config(model="x", max_completion_tokens=250)
     decoder = grpo.Decoder(model, (10, 256, 250), [0])
-    held = sum(cache.nbytes for cache in (*decoder.keys, *decoder.values))
+    held = decoder.cache.nbytes
     _, row = grpo.memory_gb(model, cfg, longest_prompt=6)
     assert row * 1e9 * 10 == pytest.approx(held + 10 * 48 * 320)
     assert grpo.fit_into_memory(cfg, model, 6) is cfg  # nothing to plan on a CPU

@@ -41,8 +41,6 @@ def same(before, after):
 class Keep:
     """An optimizer that only looks at the gradient."""
 
-    moved = 0.0
-
     def __init__(self, model):
         self.model = model
 
@@ -71,7 +69,7 @@ def test_bfloat16_swallows_small_steps_and_the_master_does_not(weight, smallest)
         optimizer, before = MasterAdamW(model, learning_rate), model.values[0].item()
         model.values[0].sum().backward()
         optimizer.step(learning_rate)
-        assert (model.values[0].item() != before) == (learning_rate >= smallest) == (optimizer.moved == 1)
+        assert (model.values[0].item() != before) == (learning_rate >= smallest)
         assert before - optimizer.masters[0].item() == pytest.approx(learning_rate, rel=1e-2, abs=1e-8)
 
 
@@ -208,9 +206,9 @@ def test_the_ratio_is_one_in_the_first_update_and_not_later(temperature, make_mo
     rollout.old_logprobs, rollout.advantages = rollout.sample_logprobs, torch.tensor([1.0, -1] * 4)
     optimizer, cfg = MasterAdamW(model, 1e-2), settings(temperature=temperature)
     first, later = (update_policy(model, optimizer, rollout, cfg, 1e-2) for _ in range(2))
-    assert first["ratio"] / first["tokens"] == pytest.approx(1, abs=1e-5)
-    assert first["sampler_gap"] / first["all_tokens"] < 1e-5 and first["clipped"] == 0
-    assert later["sampler_gap"] / later["all_tokens"] > 1e-3 and later["clipped"] > 0 and later["loss"] < first["loss"]
+    assert first["ratio"] == pytest.approx(1, abs=1e-5)
+    assert first["sampler_gap"] < 1e-5 and first["clipped"] == 0
+    assert later["sampler_gap"] > 1e-3 and later["clipped"] > 0 and later["loss"] < first["loss"]
 
 
 # --- the loop

@@ -398,14 +398,14 @@ def test_a_run_whose_numbers_were_not_all_finite_still_ends(tmp_path, capsys):
     assert "50% before, 100% after" in capsys.readouterr().out and (tmp_path / "run" / "summary.json").exists()
 
 
-HEALTHY = dict(accuracy=0.5, truncated=0.1, flat_groups=0.3, clip_fraction=0.01, kl=0.01, entropy=0.3, ratio=1.0,
+HEALTHY = dict(accuracy=0.5, truncated=0.1, flat_groups=0.3, clipped=0.01, kl=0.01, entropy=0.3, ratio=1.0,
                sampler_gap=1e-6, grad_norm=0.5, outcomes={"right": 3, "wrong": 2})
 
 
 @pytest.mark.parametrize("change, words", [
     ({}, ""), (dict(flat_groups=1.0, accuracy=0.97), ""), (dict(entropy=0.001, accuracy=0.97), ""),  # solved, not sick
     (dict(truncated=0.92), "max_completion_tokens"), (dict(flat_groups=0.9), "flat"),
-    (dict(clip_fraction=0.5), "learning_rate"), (dict(entropy=3.0), "explodes"),
+    (dict(clipped=0.5), "learning_rate"), (dict(entropy=3.0), "explodes"),
     (dict(entropy=0.001), "collapsed"), (dict(accuracy=0.1), "fallen"), (dict(sampler_gap=0.5), "disagree"),
     (dict(grad_norm=None, entropy=None), "not finite"), (dict(outcomes={"right": 3, "unparsable": 2}), "not be read")])
 def test_the_doctor_names_what_is_wrong(change, words):

@@ -81,8 +81,13 @@ def test_cache_dropped_rows_and_waves_change_no_token(
     architecture, temperature, top_p, make_model, plain, tokenizer, monkeypatch
 ):
     model, dropped, drop_ended = stopping(make_model(architecture)), [], grpo.Decoder.drop_ended
-    monkeypatch.setattr(grpo.Decoder, "drop_ended", lambda self, rows, keep: (
-        dropped.append(rows - keep), drop_ended(self, rows, keep)))
+
+    def watched(self, going, t):
+        left = drop_ended(self, going, t)
+        dropped.append(going - left if left else 0)
+        return left
+
+    monkeypatch.setattr(grpo.Decoder, "drop_ended", watched)
     settings = dict(group_size=4, max_completion_tokens=12, temperature=temperature, top_p=top_p)
     rollout, other = sample(model, tokenizer, max_rows=9, **settings), plain(model)
     other.generation_config = model.generation_config

@@ -471,11 +471,10 @@ def test_distillation_against_reinforcement(options):
 def test_distillation_between_two_tokenizers(options, student):
     """The embedded model teaches one that has never seen its words."""
     grpo.build_base_model("teacher")
-    command = ("--stage distill --model student --teacher teacher --template Q:{question}A: "
-               "--max_completion_tokens 110 --sft_learning_rate 0.01 --kl_coef 0").split()
-    assert grpo.main([*options, *command]) == 0
-    samples, distilled = (settings_of(f"runs/distill/{name}") for name in ("0-samples", "c-many"))
-    assert samples["template"] == grpo.TINY["template"] and distilled["template"] == "Q:{question}A:"  # each its own
+    command = ("--stage distill --model student --teacher teacher --max_completion_tokens 110 --sft_learning_rate 0.01 "
+               "--kl_coef 0 --template").split()
+    assert grpo.main([*options, *command, grpo.TINY["template"]]) == 0  # one prompt, in the tokens of each
+    samples = settings_of("runs/distill/0-samples")
     facts, examples = summary("runs/distill/c-many"), read_problems("runs/distill/0-samples/examples.jsonl")
     assert facts["last_loss"] < facts["first_loss"] and len(examples) == 12
     assert samples["model"] == "teacher" and not Path("runs/distill/0-teacher").exists()
