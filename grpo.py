@@ -431,10 +431,10 @@ def score(rollout, batch, cfg, reward_model=None):
 
 def judged_part(completion, problem):
     """A reward model sees the final part of a helpful answer, and all of a harmless one [N]."""
-    final = completion.rpartition("</think>")[2]
+    _, closed, final = completion.rpartition("</think>")
     if problem.task == "harmless":
         return completion
-    return "" if "<think>" in final else final.strip()  # still thinking: no answer
+    return final.strip() if closed or "<think>" not in completion else ""  # still thinking: no answer
 
 
 class RewardModel:
@@ -816,7 +816,8 @@ def fit(model, cfg, count, batch_loss):
               for epoch in range(cfg.sft_epochs)]
     batches = [rows for order in orders for rows in order.split(cfg.sft_batch_size)]
     for rows in tqdm(batches, "supervised training", delay=2, leave=False):
-        progress, total = done / count / cfg.sft_epochs, 0.0
+        progress = done / count / cfg.sft_epochs
+        total = 0.0
         for loss in batch_loss(rows):
             loss.backward()
             optimizer.accumulate()
