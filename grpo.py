@@ -122,7 +122,7 @@ Template = Annotated[str, "a text with {question} where the question goes", lamb
 
 
 def setting(default, help: str):
-    """Make a field of Config: its default; what it means, its unit, and [paper: its value there]."""
+    """Make a field of Config: its default, and in words its meaning, its unit and the paper's value."""
     return field(default=default, metadata={"help": help})
 
 
@@ -389,7 +389,7 @@ def format_reward(completion: str, problem: Problem) -> float:
 
 
 def language_reward(completion: str, problem: Problem) -> float:
-    """The share of words in Latin letters among the words of the thoughts [R1 2.3.2, N Eq. 7].
+    """The share of English words, known by their Latin letters, in the thoughts [R1 2.3.2, N Eq. 7].
 
     A CJK ideograph is a word, and so is a run of other letters; numbers and LaTeX are neutral. 1 if none.
     """
@@ -427,10 +427,10 @@ def score(rollout, batch, cfg, reward_model=None):
 
 def judged_part(completion, problem):
     """A reward model sees the final part of a helpful answer, and all of a harmless one [N]."""
-    final = completion.rpartition("</think>")[2]
+    _, closed, final = completion.rpartition("</think>")
     if problem.task == "harmless":
         return completion
-    return "" if "<think>" in final else final.strip()  # still thinking: no answer
+    return final.strip() if closed or "<think>" not in completion else ""  # still thinking: no answer
 
 
 class RewardModel:
@@ -451,7 +451,7 @@ class RewardModel:
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
 
     def encode(self, completion, problem):
-        """Write the prompt, and of the completion what it is to judge -> token ids."""
+        """Join the policy's prompt and the part of the completion that is judged -> token ids."""
         prompt = render_prompt(self.tokenizer, problem.question, self.cfg)
         ids = self.tokenizer(judged_part(completion, problem), add_special_tokens=False)["input_ids"]
         return encode_prompt(self.tokenizer, prompt) + ids
@@ -796,7 +796,8 @@ def fit(model, cfg, count, batch_loss):
               for epoch in range(cfg.sft_epochs)]
     batches = [rows for order in orders for rows in order.split(cfg.sft_batch_size)]
     for rows in tqdm(batches, "supervised training", delay=2, leave=False):
-        progress, total = done / count / cfg.sft_epochs, 0.0
+        progress = done / count / cfg.sft_epochs
+        total = 0.0
         for loss in batch_loss(rows):
             loss.backward()
             optimizer.accumulate()
@@ -1077,7 +1078,7 @@ class Problem:
         return int(hashlib.sha256(self.key.encode()).hexdigest()[:12], 16) % one_in == 0
 
 
-FIELDS = dict(  # of a row in a file: what it must be, and the types of that; of a list, the types in it
+FIELDS = dict(  # of a row in a file: the rule in words, and the types it allows; of a list, those of its items
     question=("text", str), answer=("text or a number", str, int, float), completion=("text", str),
     rejected=("text", str), numbers=("a list of whole numbers", set(), {int}),
     tests=("a list of assert lines", set(), {str}))
@@ -2136,7 +2137,7 @@ def claim_folder(cfg):
 
 
 def verifies(problem):
-    """Tell whether a rule can judge a problem: tests do, and a reference that equals itself."""
+    """Tell whether a rule can judge a problem: by its tests, or by a reference that equals itself."""
     checked = problem.task == "code" or answers_equal(problem.answer, problem.answer)
     return checked and problem.task not in GENERAL
 
