@@ -161,7 +161,7 @@ class Config:
     group_size: Group = setting(8, "G, completions of each question [paper: 16]")
     max_completion_tokens: Count = setting(768, "longest completion, tokens [paper: 32,768, later 65,536]")
     temperature: Positive = setting(1.0, "T of sampling and of log-probabilities [paper: 1; R1's end 0.7]")
-    max_rows: Natural = setting(0, "completions sampled at once, in whole groups; 0: as many as memory holds")
+    max_rows: Natural = setting(0, "completions sampled at once; 0: what memory holds, on a CPU 1,024")
     # rewards (the accuracy reward has weight 1)
     format_weight: Weight = setting(1.0, "weight of the format reward [paper: 1]")
     language_weight: Weight = setting(0.0, "weight of the reward for English thoughts [paper: 0, in R1 1]")
@@ -200,10 +200,6 @@ class Config:
                 raise InputError(f"{name} is {value!r}; it must be one of {', '.join(parts)}")
             if kind is Annotated and not parts[2](value):
                 raise InputError(f"{name} is {value!r}; it must be {parts[1]}")
-        rows = self.prompts_per_step * self.group_size
-        if rows % self.updates_per_rollout:
-            raise InputError(f"updates_per_rollout is {self.updates_per_rollout}; it must divide the {rows} "
-                             f"completions of a step")
         needed = {} if is_tiny(self.model) else dict(r1=["cold_start", "general_data"], distill=["teacher"])
         if self.stage == "zero" and self.preference_steps:
             needed = dict(zero=["general_data", "reward_model"])
@@ -240,7 +236,7 @@ def train_grpo(policy, tokenizer, problems, cfg, state=None, general=(), reward_
     This is a generator: after every step it yields (metrics, rollout, batch, state). A later call that is
     given `state` goes on exactly there. The state shares its tensors with training, so save or copy it; what
     is random depends on (seed, step) alone, so no generator is in it. In the last preference_steps every
-    second question is a general one. Raises RunError after three steps in a row with no finite gradient.
+    second question is a general one. An update whose gradient is not finite is left out.
     """
     optimizer = MasterAdamW(policy, cfg.learning_rate)
     policy.grpo_decoder = None  # the reference needs no copy of it
@@ -250,7 +246,7 @@ def train_grpo(policy, tokenizer, problems, cfg, state=None, general=(), reward_
         optimizer.load_state_dict(state["optimizer"])
     if state and ref_model:
         ref_model.load_state_dict(state["ref_model"])
-    first, unusable = (state["step"] + 1 if state else 1), 0
+    first = state["step"] + 1 if state else 1
     state = None  # what was loaded is not held twice
     for step in range(first, cfg.steps + 1):
         began, seed = time.perf_counter(), cfg.seed * 1_000_003 + step
@@ -266,7 +262,8 @@ def train_grpo(policy, tokenizer, problems, cfg, state=None, general=(), reward_
                                 else score_logprobs(policy, rollout, cfg))
         rollout.ref_logprobs = score_logprobs(ref_model, rollout, cfg) if ref_model else None
 
-        learning_rate = cfg.learning_rate * min(1.0, step / WARMUP_STEPS)
+        # It rises at first, and falls to a tenth over the second half: then where a run ends is no accident.
+        learning_rate = cfg.learning_rate * min(1.0, step / WARMUP_STEPS, max(0.1, 2 - 2 * step / cfg.steps))
         order = torch.randperm(len(rollout.texts), generator=torch.Generator().manual_seed(seed))
         updates = []
         for rows in order.to(policy.device).chunk(cfg.updates_per_rollout):
@@ -281,9 +278,6 @@ def train_grpo(policy, tokenizer, problems, cfg, state=None, general=(), reward_
                        peak_gb=torch.cuda.max_memory_allocated() / 1e9)  # 0 without a GPU
         yield metrics, rollout, batch, dict(step=step, optimizer=optimizer.state_dict(),
                                             ref_model=ref_model.state_dict() if ref_model else None)
-        unusable = 0 if math.isfinite(metrics["grad_norm"]) else unusable + 1
-        if unusable == 3:
-            raise RunError("the gradients of three steps in a row were not finite; lower learning_rate")
 
 
 def batch_of_problems(problems, step, cfg):
@@ -504,8 +498,9 @@ class Rollout:
         length = int((self.prompt_tokens + self.completion_tokens)[rows].max())
         width = int(self.completion_tokens[rows].max())
         chosen = {name: value[rows] for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        chosen = {name: value[:, : length if name == "ids" else width] if value.dim() == 2 else value
-                  for name, value in chosen.items()}
+        for name, value in chosen.items():
+            if value.dim() == 2:
+                chosen[name] = value[:, : length if name == "ids" else width]
         return Rollout(**chosen, texts=[self.texts[row] for row in rows.tolist()])
 
 
@@ -789,15 +784,14 @@ def fit(model, cfg, count, batch_loss):
     batch_loss(rows) gives the losses of an update micro-batch by micro-batch; together they are its loss. The
     learning rate falls along a cosine to a tenth [N].
     """
-    optimizer, losses, done = MasterAdamW(model, cfg.sft_learning_rate), [], 0
+    optimizer, losses = MasterAdamW(model, cfg.sft_learning_rate), []
     recompute_activations(model, cfg)
     model.train()
     orders = [torch.randperm(count, generator=torch.Generator().manual_seed(cfg.seed * 1_000_003 + epoch))
               for epoch in range(cfg.sft_epochs)]
     batches = [rows for order in orders for rows in order.split(cfg.sft_batch_size)]
     for rows in tqdm(batches, "supervised training", delay=2, leave=False):
-        progress = done / count / cfg.sft_epochs
-        total = 0.0
+        progress, total = len(losses) / len(batches), 0.0
         for loss in batch_loss(rows):
             loss.backward()
             optimizer.accumulate()
@@ -806,7 +800,6 @@ def fit(model, cfg, count, batch_loss):
             raise RunError(f"the loss of update {len(losses) + 1} is not finite; lower sft_learning_rate")
         optimizer.step(cfg.sft_learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress)))
         losses.append(total)
-        done += len(rows)
     model.eval()
     return losses
 
@@ -845,16 +838,13 @@ def rejection_sample(model, tokenizer, problems, cfg):
     -> examples, and how often which fault occurred.
     """
     examples, faults, k = {}, Counter(), cfg.rejection_samples
-    size = max(1, (cfg.max_rows or 256) // k)  # problems at a time
-    for first in tqdm(range(0, len(problems), size), "rejection sampling", delay=2, leave=False):
-        batch = problems[first : first + size]
-        rollout = sample_for(model, tokenizer, batch, cfg, k, cfg.seed * 1_000_003 + first)
-        for row, (text, truncated) in enumerate(zip(rollout.texts, rollout.truncated.tolist())):
-            problem = batch[row // k]
-            reason = fault(text, truncated, problem)
-            faults[reason or "none"] += 1
-            if not reason:
-                examples.setdefault(first + row // k, dataclasses.replace(problem, completion=text))
+    rollout = sample_for(model, tokenizer, problems, cfg, k, cfg.seed)
+    for row, (text, truncated) in enumerate(zip(rollout.texts, rollout.truncated.tolist())):
+        problem = problems[row // k]
+        reason = fault(text, truncated, problem)
+        faults[reason or "none"] += 1
+        if not reason:
+            examples.setdefault(row // k, dataclasses.replace(problem, completion=text))
     return [*examples.values()], faults
 
 
@@ -973,14 +963,13 @@ def r1_zero(run):
     cfg = run.prepare()
     step = run.state["step"] if run.state else 0
     if not run.state:
-        run.facts.update(before=run.evaluate(0), train_seconds=0.0)
+        run.facts["before"] = run.evaluate(0)
     training = train_grpo(run.policy, run.tokenizer, run.problems, cfg, run.state, run.general, run.judge)
     run.state = None  # train_grpo takes it over
     with finishing_steps() as stopped:
         for metrics, rollout, batch, state in tqdm(training, "GRPO", total=cfg.steps, initial=step):
             step = metrics["step"]
             run.log_step(metrics, rollout, batch)
-            run.facts["train_seconds"] += metrics["step_seconds"]
             last = stopped or step == cfg.steps
             if cfg.eval_every and step % cfg.eval_every == 0 and not last:
                 run.evaluate(step)
@@ -1078,7 +1067,7 @@ class Problem:
         return int(hashlib.sha256(self.key.encode()).hexdigest()[:12], 16) % one_in == 0
 
 
-FIELDS = dict(  # of a row in a file: the rule in words, and the types it allows; of a list, those of its items
+FIELDS = dict(  # of a row in a file: the rule in words, and the types it allows; of a list also its items'
     question=("text", str), answer=("text or a number", str, int, float), completion=("text", str),
     rejected=("text", str), numbers=("a list of whole numbers", set(), {int}),
     tests=("a list of assert lines", set(), {str}))
@@ -1193,7 +1182,7 @@ def sample_for(model, tokenizer, problems, cfg, group_size, seed, temperature=No
     return sample_completions(
         model, tokenizer, prompts, group_size=group_size, max_completion_tokens=cfg.max_completion_tokens,
         temperature=cfg.temperature if temperature is None else temperature, top_p=top_p, seed=seed,
-        max_rows=cfg.max_rows)
+        max_rows=cfg.max_rows or 1024)
 
 
 def pack(lengths, max_tokens):
@@ -2128,12 +2117,12 @@ def claim_folder(cfg):
     """Make the folder of a new run: output_dir, or the first of runs/STAGE, runs/STAGE-2, … to be free."""
     for n in itertools.count(1):
         folder = Path(cfg.output_dir or f"runs/{cfg.stage}-{n}".removesuffix("-1"))
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):  # also if another run has just made it
-            folder.mkdir()
+        try:
+            folder.mkdir(parents=True)
             return folder
-        if cfg.output_dir:
-            raise InputError(f"output_dir {cfg.output_dir!r} is there already; --resume goes on with it")
+        except FileExistsError:  # perhaps another run has just made it
+            if cfg.output_dir:
+                raise InputError(f"output_dir {folder} is there already; --resume goes on with it") from None
 
 
 def verifies(problem):
@@ -2206,8 +2195,9 @@ class Run:
             self.policy = load_model(path, device, dtype)
             self.judge = RewardModel(cfg.reward_model, cfg, device) if cfg.reward_model else None
         self.learner = learner = self.policy or self.judge.model
-        show(f"model     {path}: {learner.config.model_type}, {learner.num_parameters():,} weights, "
-             f"{learner.dtype} on {device}")
+        weights = learner.num_parameters()  # a checkpoint keeps each with its master and two moments
+        show(f"model     {path}: {learner.config.model_type}, {weights:,} weights, {learner.dtype} on {device}")
+        show(f"disk      a checkpoint takes about {16e-9 * weights:.2g} GB, and for a moment there are two")
         return fit_into_memory(cfg, learner, self.check_prompts())
 
     def check_prompts(self):
@@ -2239,9 +2229,9 @@ class Run:
         if len(history) % 20 == 1:
             show(TITLES if len(history) > 1 else LEGEND + TITLES)
         show(STEP.format(**m))
-        said, self.said = self.said, doctor(history)
-        for sentence in self.said:
-            if sentence not in said:  # each once, until it changes
+        for sentence in doctor(history):
+            if sentence not in self.said:  # each once
+                self.said.append(sentence)
                 show(f"     doctor: {sentence}")
         if self.cfg.sample_every and (m["step"] - 1) % self.cfg.sample_every == 0:
             row = m["step"] % len(rollout.texts)
@@ -2380,7 +2370,8 @@ STEP = ("{step:5} {reward:6.2f} {accuracy:6.1%} {format:6.1%} {mean_tokens:6.1f}
 
 def doctor(history):
     """Say in words what looks wrong in the metrics of a run so far, in its last step above all."""
-    m, first, best = history[-1], history[0]["entropy"] or 0, max(row["accuracy"] for row in history)
+    m, first = history[-1], history[0]["entropy"] or 0
+    fives = [mean(row["accuracy"] for row in history[i : i + 5]) for i in range(0, len(history), 5)]
     if m["grad_norm"] is None:
         return ["the gradient is not finite: this update was left out"]
     weak, unread = m["accuracy"] < 0.9, m["outcomes"].get("unparsable", 0)
@@ -2390,7 +2381,7 @@ def doctor(history):
         "the policy moves far in a step: lower learning_rate": m["clipped"] > 0.3,
         "entropy explodes: learning_rate is probably too high": m["entropy"] > 2 * first + 0.5,
         "entropy has collapsed: learning_rate is probably too high": m["entropy"] < 0.02 and weak,
-        "accuracy has fallen far from its best: lower learning_rate": m["accuracy"] < best - 0.3,
+        "accuracy has fallen far from its best: lower learning_rate": fives[-1] < max(fives) - 0.2,
         "sampling and training disagree on log-probabilities before any update": m["sampler_gap"] > 0.05,
         "many answers could not be read as answers": unread > 0.2 * sum(m["outcomes"].values())}
     return [sentence for sentence, holds in findings.items() if holds]
@@ -2409,13 +2400,11 @@ def sparkline(values):
 def sft(run):
     """Supervised training on the completions in --data: cold start, rejection sampling's, a teacher's."""
     cfg = run.prepare()
-    before, began = run.evaluate(0), time.perf_counter()
+    run.facts["before"] = run.evaluate(0)
     losses = train_sft(run.policy, run.tokenizer, run.problems, cfg)
-    seconds = time.perf_counter() - began
     show(f"loss      {losses[0]:.3f} in the first update, {losses[-1]:.3f} in the last of {len(losses)}")
     run.save_model("final")
-    run.facts.update(first_loss=losses[0], last_loss=losses[-1], train_seconds=seconds, before=before,
-                     after=run.evaluate(len(losses)))
+    run.facts.update(first_loss=losses[0], last_loss=losses[-1], after=run.evaluate(len(losses)))
 
 
 def reward_model(run):

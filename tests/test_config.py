@@ -70,7 +70,6 @@ def test_every_limit_lies_where_it_should():
 
 
 @pytest.mark.parametrize("settings, told", [
-    (dict(prompts_per_step=3, group_size=3), "updates_per_rollout is 2; it must divide the 9"),
     (dict(loss_average="mean"), "one of sequence, token, constant"), (dict(stage="r1"), "cold_start is None"),
     (dict(stage="r1", cold_start="a"), "general_data is None"), (dict(stage="distill"), "teacher is None"),
     (dict(preference_steps=1), "general_data is None"), (dict(preference_steps=-1), "preference_steps is -1"),

@@ -280,11 +280,12 @@ def test_old_logprobs_are_those_of_the_policy_that_sampled(dtype, make_model, to
     assert metrics["ratio"] == pytest.approx(1, abs=1e-3 if dtype == torch.bfloat16 else 1e-6)
 
 
-def test_warm_up_is_linear(make_model, tokenizer, small_ids_are_good, monkeypatch):
+def test_the_rate_rises_and_falls(make_model, tokenizer, small_ids_are_good, monkeypatch):
     rates, step = [], MasterAdamW.step
     monkeypatch.setattr(MasterAdamW, "step", lambda self, rate: rates.append(rate) or step(self, rate))
-    list(train_grpo(make_model(), tokenizer, PROBLEMS, settings(steps=7, learning_rate=1e-3)))
-    assert rates == pytest.approx([1e-3 * share for share in (0.2, 0.4, 0.6, 0.8, 1, 1, 1) for _ in range(2)])
+    list(train_grpo(make_model(), tokenizer, PROBLEMS, settings(steps=20, learning_rate=1e-3)))
+    shares = [0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1, 1, 1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.1]
+    assert rates == pytest.approx([1e-3 * share for share in shares for _ in range(2)])
 
 
 def test_metrics_of_given_rewards(make_model, tokenizer, monkeypatch):
@@ -308,14 +309,13 @@ def test_in_its_last_steps_every_second_question_is_a_general_one(make_model, to
     assert judged == [[p.question for p in batch[::2] for _ in range(4)] for batch in batches[2:]]
 
 
-def test_three_steps_without_a_finite_gradient_end_it(make_model, tokenizer, monkeypatch):
+def test_steps_without_a_finite_gradient_are_left_out(make_model, tokenizer, monkeypatch):
     model, bad, seen = make_model(), [2, 4, 5, 6], []
     before, rewards = weights_of(model), torch.tensor([[1.0, 0, 0, 1]] * 2)
     monkeypatch.setattr(grpo, "score", lambda *_: (
         rewards * (math.nan if len(seen) + 1 in bad else 1), dict(accuracy=[1.0], format=[1.0]), Counter()))
-    with pytest.raises(grpo.RunError, match="not finite"):
-        for metrics, *_ in train_grpo(model, tokenizer, PROBLEMS, settings(steps=9)):
-            seen.append(math.isfinite(metrics["grad_norm"]))
+    for metrics, *_ in train_grpo(model, tokenizer, PROBLEMS, settings(steps=9)):
+        seen.append(math.isfinite(metrics["grad_norm"]))
     assert [step for step, finite in enumerate(seen, 1) if not finite] == bad
     assert all(weight.isfinite().all() for weight in model.parameters()) and not same(before, weights_of(model))
 

@@ -263,7 +263,7 @@ def test_supervised_training(options, capsys):
     assert grpo.main([*options, "--stage", "sft", "--data", "cold.jsonl", "--sft_epochs", "8"]) == 0
     facts = summary("runs/sft")
     assert "in the last of 16" in capsys.readouterr().out and facts["last_loss"] < facts["first_loss"] - 0.3
-    assert facts["before"].keys() == facts["after"].keys() and facts["train_seconds"] > 0
+    assert facts["before"].keys() == facts["after"].keys()
     final, base = (AutoModelForCausalLM.from_pretrained(f"runs/{name}") for name in ("sft/final", "base-seed0"))
     assert grpo.is_tiny("runs/sft/final") and not torch.equal(final.lm_head.weight, base.lm_head.weight)
     files = {path: path.stat().st_mtime_ns for path in Path("runs/sft").rglob("final/*")}
