@@ -1067,7 +1067,7 @@ class Problem:
         return int(hashlib.sha256(self.key.encode()).hexdigest()[:12], 16) % one_in == 0
 
 
-FIELDS = dict(  # of a row in a file: the rule in words, and the types it allows; of a list also its items'
+FIELDS = dict(  # of a row in a file: the rule in words, the types it allows; in sets, those of a list's items
     question=("text", str), answer=("text or a number", str, int, float), completion=("text", str),
     rejected=("text", str), numbers=("a list of whole numbers", set(), {int}),
     tests=("a list of assert lines", set(), {str}))
@@ -2136,9 +2136,9 @@ def load_data(cfg):
     field = dict(sft="completion", reward="rejected").get(cfg.stage, "answer")
     fits = verifies if field == "answer" else operator.attrgetter(field)
     judged = fits if cfg.stage == "reward" else verifies
-    whole, name = cfg.eval_data or cfg.stage == "eval", "eval_data" if cfg.eval_data else "data"
-    rows = load_problems(getattr(cfg, name), True, whole, name)
-    held_out = [row for row in rows if judged(row)][: cfg.eval_problems]
+    whole = cfg.eval_data or cfg.stage == "eval"
+    rows = load_problems(cfg.eval_data or cfg.data, True, whole, "eval_data" if cfg.eval_data else "data")
+    held_out = list(itertools.islice(filter(judged, rows), cfg.eval_problems))
     taken = {problem.key for problem in held_out}
     rows = [] if cfg.stage == "eval" else load_problems(cfg.data, False, whole)
     problems = [problem for problem in rows if fits(problem) and problem.key not in taken]
