@@ -1707,9 +1707,9 @@ def load_model(path, device, dtype):
 
 def recompute_activations(model, cfg):
     """Switch gradient checkpointing on, if it is wanted; it acts in training mode only."""
-    name = "activation_checkpointing_enable"  # an older transformers calls it gradient_checkpointing_enable
     if cfg.gradient_checkpointing:
-        getattr(model, name, model.gradient_checkpointing_enable)({"use_reentrant": False})
+        newer = getattr(model, "activation_checkpointing_enable", None)  # as newer versions call it
+        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def memory_gb(model, cfg, longest_prompt):
@@ -2168,7 +2168,7 @@ class Run:
     def __init__(self, cfg):
         """Take the folder. Raises InputError if another process has it."""
         self.cfg, self.facts, self.logs, self.said, self.began = cfg, {}, {}, [], time.perf_counter()
-        self.state = self.policy = self.judge = None
+        self.state = self.policy = None
         self.folder = Path(cfg.output_dir) if cfg.resume else claim_folder(cfg)
         self.lock = open(self.folder / "lock", "w", encoding="utf-8")
         try:
