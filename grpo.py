@@ -1,9 +1,9 @@
 """grpo.py: how DeepSeek-R1 was made, in one readable file.
 
 R1-Zero takes a base model, samples a group of completions for every problem, rewards them by rule, and makes
-those that did better than their group more likely. No example of reasoning is given: the rewards bring it
-out. R1 puts a few good examples before that. Then the base is trained anew on the right samples, and one more
-round of reinforcement learning covers all that users ask. Distillation teaches a smaller model.
+those that did better than their group more likely. No example of reasoning is given. R1 puts a few examples
+before that, trains the base anew on its own right samples, and ends with reinforcement learning for all that
+users ask. Distillation teaches a smaller model.
 
     python grpo.py                                           # R1-Zero: a laptop, no GPU, no network, minutes
     python grpo.py --stage r1                                # the four stages of R1, likewise
@@ -20,10 +20,9 @@ Part one is the paper; you can stop when it is over.       First to read
     Supervised    fine-tuning, rejection sampling            train_sft
     Evaluation    pass@1, pass@k, majority vote              evaluate
     Recipes       R1-Zero, R1, distillation                  r1
-Part two is the workshop. Its embedded world is a tiny base model and the generated texts that it reads, so
-that all of part one runs on a laptop (build_base_model). The other rooms: problems (Problem), the decoder
-(Decoder), loading models (load_model), the grader (compare), programs (run_tests), runs (Run), the command
-line (main).
+Part two is the workshop: problems (Problem), the embedded world of a tiny base model and the generated texts
+that it reads, so that all of part one runs on a laptop (build_base_model), the decoder (Decoder), loading
+models (load_model), the grader (compare), programs (run_tests), runs (Run), the command line (main).
 
 References: [R1] DeepSeek-R1, arXiv 2501.12948v1; [N] the same in Nature 645 (2025) 633-638, with settings;
 [GRPO] DeepSeekMath, 2402.03300; [DAPO] 2503.14476; [DrGRPO] 2503.20783; [PASS] pass@k, 2107.03374.
@@ -70,7 +69,6 @@ import sys
 import tempfile
 import time
 import unicodedata
-import urllib.error
 import urllib.request
 from collections import Counter
 from dataclasses import dataclass, field
@@ -132,9 +130,7 @@ class Config:
 
     # what runs
     stage: Literal["zero", "sft", "reward", "sample", "eval", "r1", "distill"] = setting(
-        "zero", "zero: GRPO; sft: supervised training on the completions in --data; reward: a reward model "
-        "from the pairs in --data; sample: right completions, to a file, or pairs from general_data; eval: "
-        "evaluation; r1: R1's four stages; distill: a student taught and a student trained")
+        "zero", "zero is GRPO; sft and reward train on the examples or pairs in --data; sample writes them")
     model: str = setting("tiny", "tiny (the embedded base), tinier (half as wide), a folder, or a hub name")
     data: str = setting("gsm8k", "calculator (the embedded world), gsm8k, math500, or a JSON-lines file")
     eval_data: str | None = setting(None, "problems to evaluate on; by default a held-out part of --data")
@@ -262,8 +258,7 @@ def train_grpo(policy, tokenizer, problems, cfg, state=None, general=(), reward_
                                 else score_logprobs(policy, rollout, cfg))
         rollout.ref_logprobs = score_logprobs(ref_model, rollout, cfg) if ref_model else None
 
-        # It rises at first, and falls to a tenth over the second half: then where a run ends is no accident.
-        learning_rate = cfg.learning_rate * min(1.0, step / WARMUP_STEPS, max(0.1, 2 - 2 * step / cfg.steps))
+        learning_rate = cfg.learning_rate * min(1.0, step / WARMUP_STEPS)
         order = torch.randperm(len(rollout.texts), generator=torch.Generator().manual_seed(seed))
         updates = []
         for rows in order.to(policy.device).chunk(cfg.updates_per_rollout):
@@ -331,7 +326,8 @@ def step_metrics(step, rollout, rewards, parts, outcomes, updates):
     return dict(
         step=step, reward=float(rewards.mean()), **{name: mean(part) for name, part in parts.items()},
         mean_tokens=mean(rollout.completion_tokens.tolist()), truncated=mean(rollout.truncated.tolist()),
-        flat_groups=mean(is_flat(rewards).tolist()), reflection=mean(map(reflects, rollout.texts)),
+        flat_groups=mean((rollout.advantages.view(rewards.shape) == 0).all(1).tolist()),
+        reflection=mean(map(reflects, rollout.texts)),
         **{name: mean(update[name] for update in updates) for name in names},
         sampler_gap=updates[0]["sampler_gap"], outcomes=dict(outcomes))
 
@@ -345,8 +341,8 @@ REFLECTION = re.compile(  # the ten words of [N, supplement, Fig. 9]; 等 is wai
     r"\b(?:wait|mistake|however|but|retry|error|verify|wrong|evaluate|check)\b|等|但", re.IGNORECASE)
 
 
-def judge(completion, problem, lenient=False):
-    """Extract the final answer of a completion and judge it by rules -> (answer or None, outcome).
+def grade(completion, problem, lenient=False):
+    """Extract the final answer of a completion and grade it by rules -> (answer or None, outcome).
 
     Outcomes: right, wrong, unparsable, no_answer, timeout, error; unjudged where there is no rule. `lenient`
     takes an answer from any place, to tell wrong answers from wrong formats.
@@ -367,7 +363,7 @@ def judge(completion, problem, lenient=False):
 
 def accuracy_reward(completion: str, problem: Problem) -> float:
     """1 if the final answer is right, else 0 [R1 2.2.2]."""
-    return float(judge(completion, problem)[1] == "right")
+    return float(grade(completion, problem)[1] == "right")
 
 
 def code_reward(completion: str, problem: Problem) -> float:
@@ -406,7 +402,7 @@ def score(rollout, batch, cfg, reward_model=None):
     """
     group_size = len(rollout.texts) // len(batch)
     rows = [(text, batch[b // group_size]) for b, text in enumerate(rollout.texts)]
-    outcomes = [judge(*row)[1] for row in rows]
+    outcomes = [grade(*row)[1] for row in rows]
     parts = dict(accuracy=[None if outcome == "unjudged" else outcome == "right" for outcome in outcomes],
                  format=[format_reward(*row) for row in rows],
                  language=[language_reward(*row) for row in rows])
@@ -638,11 +634,6 @@ def token_logprobs(model, rollout, temperature, return_entropy=False):
     return result, blank.index_put((row, t), torch.cat([entropy for [entropy] in entropies]))
 
 
-def is_flat(rewards):
-    """Tell which groups have equal rewards, so A is 0; (prompts, group_size) -> (prompts,)."""
-    return rewards.amax(1) - rewards.amin(1) < 1e-6
-
-
 def group_advantages(rewards, scale=True):
     """A_i = (r_i - mean(r)) / (std(r) + 1e-4) within each group [R1 Eq. 3]; (prompts, group_size) -> same.
 
@@ -653,7 +644,8 @@ def group_advantages(rewards, scale=True):
     advantages = rewards - rewards.mean(1, keepdim=True)
     if scale:
         advantages = advantages / (rewards.std(1, correction=0, keepdim=True) + 1e-4)
-    return advantages.masked_fill(is_flat(rewards)[:, None], 0.0)
+    flat = rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True) < 1e-6
+    return advantages.masked_fill(flat, 0.0)
 
 
 def loss_weights(completion_mask, average="sequence", max_completion_tokens=0):
@@ -903,9 +895,9 @@ def evaluate(model, tokenizer, problems, cfg, samples=None):
     n = cfg.eval_samples
     rollout = sample_for(model, tokenizer, problems, cfg, n, cfg.seed, cfg.eval_temperature, EVAL_TOP_P)
     rows = [(text, problems[b // n]) for b, text in enumerate(rollout.texts)]
-    predicted, outcomes = zip(*(judge(*row) for row in rows))
+    predicted, outcomes = zip(*(grade(*row) for row in rows))
     right = [outcome == "right" for outcome in outcomes]
-    lenient = [ok or problem.task != "code" and judge(text, problem, lenient=True)[1] == "right"
+    lenient = [ok or problem.task != "code" and grade(text, problem, lenient=True)[1] == "right"
                for ok, (text, problem) in zip(right, rows)]
     counts, votes = [], []
     for i, problem in enumerate(problems):
@@ -956,9 +948,9 @@ def evaluate_general(model, tokenizer, questions, cfg, reward_model=None):
 
 
 def r1_zero(run):
-    """R1-Zero [R1 2.2] if --model is a base model: reinforcement learning with no example of reasoning.
+    """GRPO: the model answers, is rewarded by rules, and learns from what was better than the rest.
 
-    The same is R1's second stage on the model of the first, and its fourth with general_data [R1 2.3].
+    On a base model this is R1-Zero [R1 2.2]; with general_data it is R1's fourth stage [R1 2.3.4].
     """
     cfg = run.prepare()
     step = run.state["step"] if run.state else 0
@@ -982,7 +974,7 @@ def r1_zero(run):
 
 
 def r1(run):
-    """DeepSeek-R1 [R1 2.3]: cold start, reasoning RL, SFT of the base on its samples, RL for everything."""
+    """R1 in four stages [R1 2.3]: cold start, reasoning RL, SFT of the base on its samples, RL for all."""
     cfg = run.begin_recipe()
     cold = cfg.cold_start or write_problems(run.folder / "cold-start.jsonl", cold_start_traces(200, cfg.seed))
     general = cfg.general_data or write_problems(run.folder / "general.jsonl", general_problems())
@@ -992,7 +984,7 @@ def r1(run):
     run.stage("0-base", "eval", **shown)
     dev1 = run.stage("1-cold-start", "sft", data=cold, **shown)
     dev2 = run.stage("2-reasoning-rl", "zero", model=dev1, language_weight=language_weight,
-                     steps=max(1, cfg.steps * 3 // 4), **shown)  # the cold start saves some
+                     steps=math.ceil(1.5 * cfg.steps), **shown)
     run.stage("3-samples", "sample", model=dev2)
     mixed = write_problems(run.folder / "mixed.jsonl", [  # reasoning, and general replies
         *read_problems(run.folder / "3-samples" / "examples.jsonl"),
@@ -1006,8 +998,8 @@ def r1(run):
         judge = run.stage("4-reward-model", "reward", data=pairs, eval_data=None, sft_epochs=4,
                           sft_learning_rate=4 * cfg.sft_learning_rate)
     run.stage("4-all-scenarios", "zero", model=dev3, language_weight=language_weight, temperature=0.7,
-              preference_steps=cfg.preference_steps or cfg.steps * 9 // 10, reward_model=judge,
-              kl_coef=cfg.kl_coef or 0.03, eval_every=0, **shown)
+              steps=2 * cfg.steps, preference_steps=cfg.preference_steps or math.ceil(1.8 * cfg.steps),
+              reward_model=judge, kl_coef=cfg.kl_coef or 0.03, eval_every=0, **shown)
 
 
 def distill(run):
@@ -1027,11 +1019,11 @@ def distill(run):
     passes = max(6, epochs * len(rows) // 100)  # over the few, for as many updates as the many get
 
     run.stage("a-as-it-was", "eval", model=student)
-    run.stage("b-grpo", "zero", model=student)
+    run.stage("b-grpo", "zero", model=student, steps=2 * cfg.steps)
     run.stage("c-many", "sft", model=student, data=many, sft_epochs=epochs)
     run.stage("d-few", "sft", model=student, data=few, sft_epochs=passes)
     short = run.stage("e-few-short", "sft", model=student, data=few, sft_epochs=passes // 6)
-    run.stage("e-then-grpo", "zero", model=short, steps=max(1, cfg.steps * 3 // 4),
+    run.stage("e-then-grpo", "zero", model=short, steps=math.ceil(1.5 * cfg.steps),
               learning_rate=0.4 * cfg.learning_rate)
 
 
@@ -2059,12 +2051,6 @@ def run_tests(program, tests, time_limit_seconds=5.0):
 # ---- Runs --------------------------------------------------------------------------------------------------
 
 MAY_CHANGE = ("steps", "save_every", "sample_every", "resume", "output_dir")  # when a run is resumed
-OPENINGS = dict(
-    zero="R1-Zero: the model answers, is rewarded by rules, and learns from what was better than the rest",
-    sft="Supervised training on given completions", reward="A reward model learns from preference pairs",
-    sample="The model writes examples or preference pairs", eval="Evaluation on held-out problems",
-    r1="R1 in four stages: cold start, reasoning RL, supervised training, RL for everything",
-    distill="Distillation: a small student is taught, and beside it trained by GRPO")
 MINUTES = dict(zero=4, r1=8, distill=10)  # for the embedded models on one thread of a laptop
 show = tqdm.write  # it prints a line without breaking a progress bar
 
@@ -2196,8 +2182,9 @@ class Run:
             self.judge = RewardModel(cfg.reward_model, cfg, device) if cfg.reward_model else None
         self.learner = learner = self.policy or self.judge.model
         weights = learner.num_parameters()  # a checkpoint keeps each with its master and two moments
-        show(f"model     {path}: {learner.config.model_type}, {weights:,} weights, {learner.dtype} on {device}")
-        show(f"disk      a checkpoint takes about {16e-9 * weights:.2g} GB, and for a moment there are two")
+        kind = learner.config.model_type
+        show(f"model     {path}: {kind}, {weights:,} weights, {learner.dtype} on {device}; a checkpoint "
+             f"takes about {16e-9 * weights:.2g} GB of disk, and for a moment there are two")
         return fit_into_memory(cfg, learner, self.check_prompts())
 
     def check_prompts(self):
@@ -2236,7 +2223,7 @@ class Run:
         if self.cfg.sample_every and (m["step"] - 1) % self.cfg.sample_every == 0:
             row = m["step"] % len(rollout.texts)
             problem, text = batch[row // self.cfg.group_size], rollout.texts[row]
-            outcome = judge(text, problem)[1]
+            outcome = grade(text, problem)[1]
             self.log("samples.jsonl", dict(step=m["step"], question=problem.question, answer=problem.answer,
                                            completion=text, outcome=outcome))
             show(f"     {problem.question} -> {text}  [{outcome}]")
@@ -2313,7 +2300,10 @@ class Run:
         summary = dict(steps=self.cfg.steps, seconds=seconds, torch=torch.__version__, **facts)
         write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         both = {name: facts[name] for name in ("before", "after") if name in facts}
-        show_table(facts.get("results", both))
+        table = facts.get("results", both)  # of evaluations, one a row
+        columns = [name for name in TABLE if any(name in row for row in table.values())]
+        for label, row in {"": TABLE, **table}.items() if table else ():
+            show(f"{label:16}" + "".join(f"{str(row.get(name, '-'))[:7]:>8}" for name in columns))
         for name in ("accuracy", "mean_tokens", "reflection", "entropy"):
             values = [row[name] for row in self.logs.get("metrics.jsonl", []) if row[name] is not None]
             if values:
@@ -2328,13 +2318,6 @@ TABLE = dict(  # the essentials of an evaluation, and their titles
     pass_at_1="pass@1", interval="+-", maj_at_k="maj@k", format_rate="format", language="lang",
     mean_tokens="tokens", reflection_rate="again", judge="judge", helpful="helpful", harmless="no harm",
     seconds="seconds")
-
-
-def show_table(rows):
-    """Show the essentials of evaluations, one a row; columns that none has are left out."""
-    columns = [name for name in TABLE if any(name in row for row in rows.values())]
-    for label, row in {"": TABLE, **rows}.items() if rows else ():
-        show(f"{label:16}" + "".join(f"{str(row.get(name, '-'))[:7]:>8}" for name in columns))
 
 
 @contextlib.contextmanager
@@ -2448,12 +2431,6 @@ STAGES = {"zero": r1_zero, "sft": sft, "reward": reward_model, "sample": sample,
 
 # ---- Command line ------------------------------------------------------------------------------------------
 
-EXAMPLES = """\
-  python grpo.py                                          R1-Zero on a laptop
-  python grpo.py --stage r1                               the four stages of R1
-  python grpo.py --model Qwen/Qwen2.5-0.5B --data gsm8k   one CUDA GPU
-
-Defaults stand in brackets; tiny, and models trained from it, have some of their own."""
 GROUPS = dict(  # by their first setting
     stage="what runs", template="prompts", cold_start="R1's stages and distillation", steps="GRPO",
     prompts_per_step="sampling", format_weight="rewards", sft_epochs="supervised training",
@@ -2468,8 +2445,8 @@ def refuse(message):
 def build_parser():
     """Make a parser of Config: each field is a flag, in the group that it stands in."""
     parser = argparse.ArgumentParser(
-        usage="python grpo.py [--SETTING VALUE ...]", description=EXAMPLES, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="python grpo.py [--SETTING VALUE ...]", description=__doc__.split("\n\n")[2],
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS)  # only what was typed counts
     parser.error, hints = refuse, get_type_hints(Config)
     for f in dataclasses.fields(Config):
@@ -2518,7 +2495,7 @@ def carry_out(run):
             return show(f"{run.folder} is finished; it goes on with more --steps")
         write_text(run.folder / "config.json", json.dumps(vars(cfg), indent=2, ensure_ascii=False) + "\n")
         needed = f"about {MINUTES.get(cfg.stage, 1)} minutes" if cfg.model in EMBEDDED else "see the bars"
-        show(f"{OPENINGS[cfg.stage]}. Model: {cfg.model}; time: {needed}.")
+        show(f"{STAGES[cfg.stage].__doc__.splitlines()[0]} Model: {cfg.model}; time: {needed}.")
         for name in ("model", "teacher", "reward_model"):  # a wrong name is told before any data is fetched
             if getattr(cfg, name) not in (None, *EMBEDDED):
                 load_tokenizer(getattr(cfg, name), name)

@@ -280,12 +280,11 @@ def test_old_logprobs_are_those_of_the_policy_that_sampled(dtype, make_model, to
     assert metrics["ratio"] == pytest.approx(1, abs=1e-3 if dtype == torch.bfloat16 else 1e-6)
 
 
-def test_the_rate_rises_and_falls(make_model, tokenizer, small_ids_are_good, monkeypatch):
+def test_warm_up_is_linear(make_model, tokenizer, small_ids_are_good, monkeypatch):
     rates, step = [], MasterAdamW.step
     monkeypatch.setattr(MasterAdamW, "step", lambda self, rate: rates.append(rate) or step(self, rate))
-    list(train_grpo(make_model(), tokenizer, PROBLEMS, settings(steps=20, learning_rate=1e-3)))
-    shares = [0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1, 1, 1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.1]
-    assert rates == pytest.approx([1e-3 * share for share in shares for _ in range(2)])
+    list(train_grpo(make_model(), tokenizer, PROBLEMS, settings(steps=7, learning_rate=1e-3)))
+    assert rates == pytest.approx([1e-3 * share for share in (0.2, 0.4, 0.6, 0.8, 1, 1, 1) for _ in range(2)])
 
 
 def test_metrics_of_given_rewards(make_model, tokenizer, monkeypatch):

@@ -281,7 +281,7 @@ def test_hostile_completions_earn_nothing(completion, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     start = time.process_time()
     assert grpo.accuracy_reward(completion, math("5")) == 0.0
-    assert grpo.judge(completion, math("5"))[1] in ("wrong", "no_answer", "unparsable")
+    assert grpo.grade(completion, math("5"))[1] in ("wrong", "no_answer", "unparsable")
     extract_answer(completion, lenient=True)
     assert time.process_time() - start < 1
     assert not os.path.exists("CANARY")
@@ -427,10 +427,10 @@ def test_works_in_threads():
 
 
 def test_outcomes(monkeypatch):
-    assert grpo.judge("<think> hm </think>", math("5")) == (None, "no_answer")
+    assert grpo.grade("<think> hm </think>", math("5")) == (None, "no_answer")
     outcomes = {"5": "right", "6": "wrong", "\\frac{": "unparsable", "5" * 400: "unparsable"}
     for predicted, outcome in outcomes.items():
-        assert grpo.judge(f"<answer>{predicted}</answer>", math("5")) == (predicted, outcome)
+        assert grpo.grade(f"<answer>{predicted}</answer>", math("5")) == (predicted, outcome)
     monkeypatch.setattr(grpo, "same", lambda a, b: {}["a mistake of ours"])
     assert grpo.compare("5.25", "21/4 + 0") == "error"  # counted, not hidden
 

@@ -43,7 +43,7 @@ def arguments(checkpoints, name="qwen2"):
 def command(checkpoints, tmp_path, monkeypatch):
     """The arguments of a short run in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(grpo, "judge", chance)
+    monkeypatch.setattr(grpo, "grade", chance)
     monkeypatch.setattr(grpo, "hub_is_reachable", lambda: False)
     return arguments(checkpoints)
 
@@ -53,7 +53,7 @@ def undisturbed(checkpoints, tmp_path_factory):
     """Whole runs in float32 and bfloat16: their folders by type, and what the first showed on the screen."""
     root, screen = tmp_path_factory.mktemp("undisturbed"), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(screen):
-        patch.setattr(grpo, "judge", chance)
+        patch.setattr(grpo, "grade", chance)
         for dtype in ("bfloat16", "float32"):
             screen.truncate(screen.seek(0))
             assert grpo.main([*arguments(checkpoints), "--dtype", dtype, "--output_dir", str(root / dtype)]) == 0
@@ -242,7 +242,7 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_nothing_had_happened(seed, com
     """With odd seeds inside a save, in one of its steps; otherwise anywhere."""
     dtype, rng = ("float32", "bfloat16")[seed // 2 % 2], random.Random(seed)
     command += ["--dtype", dtype, "--output_dir", "parts"]
-    dies_at, calls, places = rng.randrange(4, 40), [], [(grpo, "judge"), (grpo, "update_policy"), (grpo.Run, "log")]
+    dies_at, calls, places = rng.randrange(4, 40), [], [(grpo, "grade"), (grpo, "update_policy"), (grpo.Run, "log")]
     if seed % 2:
         places = [(os, "replace"), (shutil, "rmtree"), (torch, "save"), (PreTrainedModel, "save_pretrained")]
         dies_at = rng.randrange(3, 16)

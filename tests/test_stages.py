@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import grpo
 from grpo import GENERAL, Problem, make_config, read_problems, write_problems
 
-JUDGE = grpo.judge
+JUDGE = grpo.grade
 GOOD = "<think> 1 + 1 is 2 </think> <answer> 2 </answer>"
 SUM, HELLO, BAD = Problem("1 + 1?", "2"), Problem("hello", task="helpful"), Problem("help bad", task="harmless")
 
@@ -116,8 +116,7 @@ def test_rejection_sampling_keeps_the_first_without_fault(monkeypatch):
     assert {e.question: e.completion for e in examples} == {"a": GOOD, "c": OTHER, "d": GOOD, "e": GOOD}
     assert len(examples) == 4 and all(dataclasses.replace(e, completion="") in problems for e in examples)
     assert faults == {"none": 12, "not right": 6, "mixed language": 1, "truncated": 1}
-    assert [names for names, *_ in asked] == ["ab", "cd", "e"] and len({seed for _, _, seed, *_ in asked}) == 3
-    assert {(k, temperature, p) for _, k, _, temperature, p in asked} == {(4, None, 1.0)}  # as in training
+    assert asked == [("abcde", 4, 0, None, 1.0)]  # as in training
 
 
 def test_a_model_learns_from_its_own_right_completions(make_model, tokenizer):
