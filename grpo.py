@@ -82,6 +82,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from sympy.core.alphabets import greeks
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AttentionInterface, AutoModelForCausalLM, AutoModelForSequenceClassification,
@@ -1436,41 +1437,30 @@ def prompt_words(problem):
     return TINY["template"].replace("{question}", problem.question).split()
 
 
-def corpus_batches(rng, problems, batch_tokens=1024):
-    """Endless batches of about batch_tokens: always new documents, those of like length together.
+def corpus_batches(rng, max_tokens=1024):
+    """Endless batches of new documents, those of like length together.
 
     -> ids, and labels that are -100 on heads and padding; both (documents, length).
     """
-    pad = torch.nn.utils.rnn.pad_sequence
+    problems = calculator_problems()
     while True:
         documents = [write_document(rng, rng.choice(problems)) for _ in range(2000)]
-        documents.sort(key=lambda document: len(document[0] + document[1]))
-        batches = []
-        while documents:
-            size = batch_tokens // len(documents[-1][0] + documents[-1][1])
-            rows = [torch.tensor([TOKEN_ID[str(t)] for t in head + body]) for head, body in documents[-size:]]
-            labels = [row.where(torch.arange(len(row)) >= len(head), -100)
-                      for row, (head, _) in zip(rows, documents[-size:])]
-            batches.append((pad(rows, batch_first=True), pad(labels, batch_first=True, padding_value=-100)))
-            del documents[-size:]
-        yield from rng.sample(batches, len(batches))
+        batches = pack([len(head + body) for head, body in documents], max_tokens)
+        for rows in rng.sample(batches, len(batches)):
+            heads, bodies = zip(*(documents[row] for row in rows))
+            ids = pad_rows([[TOKEN_ID[str(t)] for t in head + body] for head, body in zip(heads, bodies)])
+            learned = torch.arange(ids.shape[1]) >= torch.tensor([[len(head)] for head in heads])
+            yield ids, ids.where(learned & (ids > 0), -100)
 
 
-def build_tokenizer(folder):
+def build_tokenizer():
     """One token per number, operator, tag and word; `9*4=36` and `9 * 4 = 36` are the same tokens."""
-    special = [dict(id=i, content=VOCABULARY[i], special=True, single_word=False, lstrip=False, rstrip=False,
-                    normalized=False) for i in range(3)]
-    tight = [{"type": "Replace", "pattern": {"String": f" {op} "}, "content": op} for op in "+-*="]
-    pattern = r"</?\w+>|(?<!\d)-\d+|\w+:?|\S"  # after a number a minus is an operator, elsewhere it is a sign
-    path = Path(folder, "tokenizer.json")
-    path.write_text(json.dumps({
-        "version": "1.0", "added_tokens": special, "normalizer": None, "post_processor": None,
-        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": pattern}, "invert": True,
-                          "behavior": "Removed"},
-        "decoder": {"type": "Sequence", "decoders": [
-            {"type": "WordPiece", "prefix": "##", "cleanup": False}, {"type": "Fuse"}, *tight]},
-        "model": {"type": "WordLevel", "vocab": TOKEN_ID, "unk_token": "<unk>"}}), encoding="utf-8")
-    return PreTrainedTokenizerFast(tokenizer_file=str(path), pad_token="<pad>", eos_token="<end>",
+    tokenizer = Tokenizer(models.WordLevel(TOKEN_ID, unk_token="<unk>"))
+    words = Regex(r"</?\w+>|(?<!\d)-\d+|\w+:?|\S")  # after a number a minus is an operator, elsewhere a sign
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(words, "removed", invert=True)
+    tight = [decoders.Replace(f" {op} ", op) for op in "+-*="]
+    tokenizer.decoder = decoders.Sequence([decoders.WordPiece(cleanup=False), decoders.Fuse(), *tight])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>",
                                    unk_token="<unk>", padding_side="left")
 
 
@@ -1518,7 +1508,7 @@ def pretrain(model, seed, steps):
         matrix = weight.dim() == 2 and "embed" not in name
         (matrices.setdefault(weight.shape, []) if matrix else others).append(weight)
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0)
-    batches = corpus_batches(random.Random(seed), calculator_problems())
+    batches = corpus_batches(random.Random(seed))
     model.train()
     for step in tqdm(range(steps), "pre-training the embedded base model", leave=False):
         ids, labels = next(batches)
@@ -1541,8 +1531,7 @@ def build_base_model(folder, seed: int = 0, steps: int = 2000, width: int = 64) 
         torch.manual_seed(seed)
         model = new_tiny_model(width)
         pretrain(model, seed, steps)
-        with tempfile.TemporaryDirectory() as scratch:
-            save_model(model, build_tokenizer(scratch), folder)
+        save_model(model, build_tokenizer(), folder)
     return folder
 
 
