@@ -80,6 +80,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from sympy.core.alphabets import greeks
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AttentionInterface, AutoModelForCausalLM, AutoModelForSequenceClassification,
@@ -206,7 +207,7 @@ class Config:
 
 TINY = dict(  # what the embedded model needs instead
     data="calculator", template="User: {question} Assistant:", prompts_per_step=16, group_size=16,
-    max_completion_tokens=144, sft_batch_size=32, sft_learning_rate=5e-4, rejection_samples=2, steps=60,
+    max_completion_tokens=144, sft_batch_size=32, sft_learning_rate=5e-4, rejection_samples=2, steps=30,
     learning_rate=5e-4, kl_coef=0.0, micro_batch_tokens=2_048, gradient_checkpointing=False, eval_every=15)
 EMBEDDED = dict(tiny=64, tinier=32)  # names of the embedded base models, and their widths
 
@@ -1234,15 +1235,13 @@ class Writer:
 
     checks: float  # compares what comes out with the target; otherwise answers at once
     gives_up: float  # after a try that failed, and answers all the same
-    orderly: float = 0.8  # goes through the tries in order; otherwise takes any, the same one again too
-    slips: float = 0.01  # miscalculates, each time
     damages: float = 0.1  # loses one of the four tags
     chinese: float = 0.5
     mixes: float = 0.1  # takes a word from the other language, each time
 
 
-BOOK, LAZY, PATIENT = Writer(1, 0.1), Writer(0.4, 0.5), Writer(1, 0)
-CAREFUL = Writer(1, 0, orderly=1, slips=0, damages=0, chinese=0, mixes=0)  # writes the cold start's traces
+BOOK, LAZY, PATIENT = Writer(1, 0.1), Writer(0.4, 0.7), Writer(1, 0)
+CAREFUL = Writer(1, 0, damages=0, chinese=0, mixes=0)  # writes the cold start's traces
 
 
 def verdict(result, target):
@@ -1252,22 +1251,20 @@ def verdict(result, target):
 
 def write_thoughts(rng, problem, writer):
     """Think as a writer does -> the tokens of the thoughts, and of the expression they arrive at."""
-    chinese, checks, orderly = (rng.random() < p for p in (writer.chinese, writer.checks, writer.orderly))
+    chinese, checks = rng.random() < writer.chinese, rng.random() < writer.checks
     say = lambda word: CHINESE[word] if chinese != (rng.random() < writer.mixes) else word  # noqa: E731
     tries, target, thoughts = calculator_tries(problem.numbers), int(problem.answer), []
     near = [i for i, t in enumerate(tries) if abs(t[-1] - target) <= 10]
-    i = rng.choice(near) if rng.random() < 0.4 else rng.randrange(9)  # sometimes with intuition
-    for count in range(10):
-        *keys, result = tries[i]
-        result += rng.choice((-2, -1, 1, 2)) if rng.random() < writer.slips and result > 0 else 0
-        thoughts += [say(rng.choice(("wait", "but")) if count else "try"), *keys, result]
+    first = rng.choice(near) if rng.random() < 0.4 else rng.randrange(9)  # sometimes with intuition
+    for count in range(9):
+        keys = tries[(first + count) % 9]
+        x, op, y, _, _, op2, z, _, result = keys
+        thoughts += [say(rng.choice(("wait", "but")) if count else "try"), *keys]
         if checks:  # the target restated beside the result: else so small a model never learns to compare
             thoughts += ["?", target, say(verdict(result, target))]
         solved = checks and result == target
         if solved or not checks or rng.random() < writer.gives_up:
             break
-        i = (i + 1) % 9 if orderly else rng.randrange(9)
-    x, op, y, _, _, op2, z, _ = keys
     return thoughts + [say("so")] * (not solved), [x, op, y, op2, z]
 
 
@@ -1328,18 +1325,23 @@ def general_problems():
 
 
 def write_document(rng, problem):
-    """A text of the corpus: the head, which is given, and the body, which is learned; tokens."""
+    """A text of the corpus: the head, which is given, and the body, which is learned; tokens.
+
+    A tenth is small talk without tags, half of it bad. Of the rest, 40 % are pages of comparisons, 30 % are
+    books, 27 % are dialogues with the lazy Assistant, and 3 % are dialogues with a patient one.
+    """
     pair = small_talk(rng, rng.choice(SMALL_TALK), rng.choice(NAMES))
-    if rng.random() < 0.1 and not pair.is_held_out():  # small talk without tags, half of the replies bad
+    if rng.random() < 0.1 and not pair.is_held_out():
         reply = extract_answer(rng.choice((pair.completion, pair.rejected)))
         return prompt_words(pair), [*re.findall(r"\d+|\w+|\S", reply), "<end>"]
     kind = rng.random()
-    if kind < 0.25:  # a page of comparisons
-        pairs = [(target + rng.choice((0, rng.randint(-5, 5), rng.randint(-50, 49))), target)
-                 for target in (rng.randint(1, 50) for _ in range(8))]
-        say = rng.choice((str, CHINESE.get))
-        return [], [t for a, b in pairs if -9 <= a for t in (a, "?", b, say(verdict(a, b)))] + ["<end>"]
-    if kind < 0.55:  # a book
+    if kind < 0.4:
+        say, page = rng.choice((str, CHINESE.get)), []
+        for target in rng.sample(range(1, 51), 8):
+            result = max(-9, target + rng.choice((0, rng.randint(-3, 3), rng.randint(-50, 49))))
+            page += [result, "?", target, say(verdict(result, target))]
+        return [], page + ["<end>"]
+    if kind < 0.7:
         return problem.question.split(), write_thoughts(rng, problem, BOOK)[0] + ["<end>"]
     return prompt_words(problem), write_completion(rng, problem, PATIENT if kind > 0.97 else LAZY)
 
@@ -1349,41 +1351,30 @@ def prompt_words(problem):
     return TINY["template"].replace("{question}", problem.question).split()
 
 
-def corpus_batches(rng, problems, batch_tokens=1024):
-    """Endless batches of about batch_tokens: always new documents, those of like length together.
+def corpus_batches(rng, max_tokens=1024):
+    """Endless batches of new documents, those of like length together.
 
     -> ids, and labels that are -100 on heads and padding; both (documents, length).
     """
-    pad = torch.nn.utils.rnn.pad_sequence
+    problems = calculator_problems()
     while True:
         documents = [write_document(rng, rng.choice(problems)) for _ in range(2000)]
-        documents.sort(key=lambda document: len(document[0] + document[1]))
-        batches = []
-        while documents:
-            size = batch_tokens // len(documents[-1][0] + documents[-1][1])
-            rows = [torch.tensor([TOKEN_ID[str(t)] for t in head + body]) for head, body in documents[-size:]]
-            labels = [row.where(torch.arange(len(row)) >= len(head), -100)
-                      for row, (head, _) in zip(rows, documents[-size:])]
-            batches.append((pad(rows, batch_first=True), pad(labels, batch_first=True, padding_value=-100)))
-            del documents[-size:]
-        yield from rng.sample(batches, len(batches))
+        batches = pack([len(head + body) for head, body in documents], max_tokens)
+        for rows in rng.sample(batches, len(batches)):
+            heads, bodies = zip(*(documents[row] for row in rows))
+            ids = pad_rows([[TOKEN_ID[str(t)] for t in head + body] for head, body in zip(heads, bodies)])
+            learned = torch.arange(ids.shape[1]) >= torch.tensor([[len(head)] for head in heads])
+            yield ids, ids.where(learned & (ids > 0), -100)
 
 
-def build_tokenizer(folder):
+def build_tokenizer():
     """One token per number, operator, tag and word; `9*4=36` and `9 * 4 = 36` are the same tokens."""
-    special = [dict(id=i, content=VOCABULARY[i], special=True, single_word=False, lstrip=False, rstrip=False,
-                    normalized=False) for i in range(3)]
-    tight = [{"type": "Replace", "pattern": {"String": f" {op} "}, "content": op} for op in "+-*="]
-    pattern = r"</?\w+>|(?<!\d)-\d+|\w+:?|\S"  # after a number a minus is an operator, elsewhere it is a sign
-    path = Path(folder, "tokenizer.json")
-    path.write_text(json.dumps({
-        "version": "1.0", "added_tokens": special, "normalizer": None, "post_processor": None,
-        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": pattern}, "invert": True,
-                          "behavior": "Removed"},
-        "decoder": {"type": "Sequence", "decoders": [
-            {"type": "WordPiece", "prefix": "##", "cleanup": False}, {"type": "Fuse"}, *tight]},
-        "model": {"type": "WordLevel", "vocab": TOKEN_ID, "unk_token": "<unk>"}}), encoding="utf-8")
-    return PreTrainedTokenizerFast(tokenizer_file=str(path), pad_token="<pad>", eos_token="<end>",
+    tokenizer = Tokenizer(models.WordLevel(TOKEN_ID, unk_token="<unk>"))
+    words = Regex(r"</?\w+>|(?<!\d)-\d+|\w+:?|\S")  # after a number a minus is an operator, elsewhere a sign
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(words, "removed", invert=True)
+    tight = [decoders.Replace(f" {op} ", op) for op in "+-*="]
+    tokenizer.decoder = decoders.Sequence([decoders.WordPiece(cleanup=False), decoders.Fuse(), *tight])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>",
                                    unk_token="<unk>", padding_side="left")
 
 
@@ -1402,60 +1393,53 @@ def new_tiny_model(width=64):
 
 
 @torch.no_grad()
-def muon_step(weights, momentum, learning_rate):
-    """One step of Muon on matrices of one shape, in place -> their momentum, (matrices, rows, columns).
+def muon_step(weight, momentum, learning_rate):
+    """Take a step of Muon on a matrix, in place: along its momentum, made orthogonal.
 
-    It makes the step orthogonal by five iterations of Newton and Schulz. torch.optim.Muon takes one matrix
-    after another, in bfloat16: on a CPU without it, that takes longer than forward and backward pass.
+    torch.optim.Muon computes in bfloat16: on a CPU without it, that takes longer than forward and backward
+    pass together.
     """
-    gradient = torch.stack([weight.grad for weight in weights])
-    momentum = gradient.lerp(torch.zeros_like(gradient) if momentum is None else momentum, 0.95)
-    x = gradient.lerp(momentum, 0.95)
-    tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x
-    x = x / x.norm(dim=(1, 2), keepdim=True)
-    for _ in range(5):
-        gram = x @ x.mT
+    momentum.lerp_(weight.grad, 0.05)
+    x = weight.grad.lerp(momentum, 0.95)
+    tall = x.shape[0] > x.shape[1]
+    x = (x.T if tall else x) / x.norm()
+    for _ in range(4):  # Newton and Schulz: all singular values go to about 1
+        gram = x @ x.T
         x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
-    x = x.mT * (x.shape[2] / x.shape[1]) ** 0.5 if tall else x
-    for weight, direction in zip(weights, x):
-        weight.sub_(direction, alpha=learning_rate)
-    return momentum
+    weight -= learning_rate * (x.T * (x.shape[1] / x.shape[0]) ** 0.5 if tall else x)
 
 
 def pretrain(model, seed, steps):
     """Next-token prediction on the bodies of ever new documents; the learning rate falls linearly."""
     torch.set_num_threads(1)  # its matrices are so small that waiting for a second thread costs more
-    matrices, others, momenta = {}, [], {}
-    for name, weight in model.named_parameters():
-        matrix = weight.dim() == 2 and "embed" not in name
-        (matrices.setdefault(weight.shape, []) if matrix else others).append(weight)
+    embeddings = model.get_input_embeddings().weight
+    matrices = [weight for weight in model.parameters() if weight.dim() == 2 and weight is not embeddings]
+    momenta = [torch.zeros_like(weight) for weight in matrices]
+    others = [weight for weight in model.parameters() if weight.dim() == 1 or weight is embeddings]
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0)
-    batches = corpus_batches(random.Random(seed), calculator_problems())
+    batches = corpus_batches(random.Random(seed))
     model.train()
     for step in tqdm(range(steps), "pre-training the embedded base model", leave=False):
         ids, labels = next(batches)
-        loss = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        loss.backward()
+        model(ids, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scale = min((step + 1) / 30, max(0.03, 1 - step / steps))
-        for shape, weights in matrices.items():
-            momenta[shape] = muon_step(weights, momenta.get(shape), 0.02 * scale)
+        for weight, momentum in zip(matrices, momenta):
+            muon_step(weight, momentum, 0.02 * scale)
         adamw.param_groups[0]["lr"] = 6e-3 * scale
         adamw.step()
         model.zero_grad()
     model.eval()
 
 
-def build_base_model(folder, seed: int = 0, steps: int = 2000, width: int = 64) -> Path:
+def build_base_model(folder, seed: int = 0, steps: int = 2200, width: int = 64) -> Path:
     """Train the embedded base model, unless the folder holds it already -> the folder, a checkpoint."""
     folder = Path(folder)
     if not (folder / "config.json").exists():
         torch.manual_seed(seed)
         model = new_tiny_model(width)
         pretrain(model, seed, steps)
-        with tempfile.TemporaryDirectory() as scratch:
-            save_model(model, build_tokenizer(scratch), folder)
+        save_model(model, build_tokenizer(), folder)
     return folder
 
 

@@ -136,8 +136,8 @@ def test_a_model_learns_from_its_own_right_completions(make_model, tokenizer):
 
 
 @pytest.fixture(scope="session")
-def words(tmp_path_factory):
-    return grpo.build_tokenizer(tmp_path_factory.mktemp("words"))
+def words():
+    return grpo.build_tokenizer()
 
 
 def test_calculator_problems_are_right_and_every_try_is_arithmetic():
@@ -195,7 +195,7 @@ def test_the_base_model_is_trained_once_and_learns_its_world(tmp_path, words):
     weights = (folder / "model.safetensors").read_bytes()
     assert grpo.build_base_model(folder, seed=1, steps=60, width=32) == folder and grpo.is_tiny(str(folder))
     assert (folder / "model.safetensors").read_bytes() == weights  # it was there
-    ids, labels = next(grpo.corpus_batches(random.Random(5), grpo.calculator_problems()))
+    ids, labels = next(grpo.corpus_batches(random.Random(5)))
     loss = lambda model: model(ids, labels=labels).loss.item()  # noqa: E731
     trained = AutoModelForCausalLM.from_pretrained(folder)
     assert loss(trained) < 0.8 * loss(grpo.new_tiny_model(32)) and AutoTokenizer.from_pretrained(folder).eos_token
