@@ -5,11 +5,11 @@ those that did better than their group more likely. No example of reasoning is g
 before that, trains the base anew on its own right samples, and ends with reinforcement learning for all that
 users ask. Distillation teaches a smaller model.
 
-    python grpo.py                                           # R1-Zero: a laptop, no GPU, no network, minutes
-    python grpo.py --stage r1                                # the four stages of R1, likewise
-    python grpo.py --stage distill                           # a student taught, and a student trained
-    python grpo.py --model Qwen/Qwen2.5-0.5B --data gsm8k    # R1-Zero on one CUDA GPU
-    python grpo.py --help                                    # every setting, its unit, the paper's value
+    python grpo.py                                           # R1-Zero, on a laptop
+    python grpo.py --stage r1                                # the four stages of R1
+    python grpo.py --stage distill                           # teaching against RL
+    python grpo.py --model Qwen/Qwen2.5-0.5B --data gsm8k    # R1-Zero, on a CUDA GPU
+    python grpo.py --help                                    # every setting
 
 Part one is the paper; you can stop when it is over.       First to read
     Config        settings, with the paper's values          Config
@@ -238,7 +238,8 @@ def train_grpo(policy, tokenizer, problems, cfg, state=None, general=(), reward_
     optimizer = MasterAdamW(policy, cfg.learning_rate)
     policy.grpo_decoder = None  # the reference needs no copy of it
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None  # π_ref
-    recompute_activations(policy, cfg)
+    if cfg.gradient_checkpointing:
+        policy.activation_checkpointing_enable({"use_reentrant": False})
     if state:
         optimizer.load_state_dict(state["optimizer"])
     if state and ref_model:
@@ -251,7 +252,6 @@ def train_grpo(policy, tokenizer, problems, cfg, state=None, general=(), reward_
         if step > cfg.steps - cfg.preference_steps:
             batch[::2] = batch_of_problems(general, step, cfg)[::2]
         rollout = sample_for(policy, tokenizer, batch, cfg, cfg.group_size, seed)  # o_1 … o_G ~ π_old(.|q)
-        sampled = time.perf_counter()
         rewards, parts, outcomes = score(rollout, batch, cfg, reward_model)
         rollout.advantages = group_advantages(rewards, cfg.scale_advantages).flatten().to(policy.device)
         # In float32 sampler and update agree to 1e-5; in bfloat16 they do not, so π_old is scored again.
@@ -268,9 +268,7 @@ def train_grpo(policy, tokenizer, problems, cfg, state=None, general=(), reward_
             ref_model.load_state_dict(policy.state_dict())
 
         metrics = step_metrics(step, rollout, rewards, parts, outcomes, updates)
-        ended, tokens = time.perf_counter(), int(rollout.completion_tokens.sum())
-        metrics.update(step_seconds=ended - began, sample_tokens_per_second=tokens / (sampled - began),
-                       update_tokens_per_second=tokens / (ended - sampled),
+        metrics.update(step_seconds=time.perf_counter() - began,
                        peak_gb=torch.cuda.max_memory_allocated() / 1e9)  # 0 without a GPU
         yield metrics, rollout, batch, dict(step=step, optimizer=optimizer.state_dict(),
                                             ref_model=ref_model.state_dict() if ref_model else None)
@@ -324,11 +322,12 @@ def update_policy(policy, optimizer, rollout, cfg, learning_rate):
 def step_metrics(step, rollout, rewards, parts, outcomes, updates):
     """Describe a step in numbers; the README's glossary explains each."""
     names = ("loss", "grad_norm", "kl", "ratio", "clipped", "entropy")
+    flat = (rollout.advantages.view(rewards.shape) == 0).all(1)
     return dict(
         step=step, reward=float(rewards.mean()), **{name: mean(part) for name, part in parts.items()},
         mean_tokens=mean(rollout.completion_tokens.tolist()), truncated=mean(rollout.truncated.tolist()),
-        flat_groups=mean((rollout.advantages.view(rewards.shape) == 0).all(1).tolist()),
-        reflection=mean(map(reflects, rollout.texts)),
+        flat_groups=mean(flat.tolist()),
+        reflection=mean(bool(REFLECTION.search(text)) for text in rollout.texts),
         **{name: mean(update[name] for update in updates) for name in names},
         sampler_gap=updates[0]["sampler_gap"], outcomes=dict(outcomes))
 
@@ -388,11 +387,6 @@ def language_reward(completion: str, problem: Problem) -> float:
     thoughts = re.sub(r"\$[^$]*\$|\\[A-Za-z]+|<[^<>\s]*>", " ", thoughts)
     words = re.findall(r"[\u3400-\u9fff]|[^\W\d_\u3400-\u9fff]+", thoughts)
     return mean(unicodedata.name(word[0], "").startswith("LATIN") for word in words) if words else 1.0
-
-
-def reflects(text):
-    """Tell whether a text holds one of the paper's reflection words."""
-    return bool(REFLECTION.search(text))
 
 
 def score(rollout, batch, cfg, reward_model=None):
@@ -531,14 +525,12 @@ def sample_completions(model, tokenizer, prompts: list[str], *, group_size: int,
     """Sample `group_size` completions of each prompt -> Rollout of prompts x group_size rows.
 
     A completion depends on its prompt, its place in the batch and the seed: not on its neighbours, on rows
-    that leave once they have ended, or on waves (beyond `max_rows` rows, prompts go wave after wave). Raises
-    ValueError where an argument makes no sense.
+    that leave once they have ended, or on waves (beyond `max_rows` rows, prompts go wave after wave).
     """
     sensible = group_size >= 1 and max_completion_tokens >= 1 and temperature >= 0
     if isinstance(prompts, str) or not prompts or not sensible:
-        raise ValueError(f"prompts is {str(prompts)[:40]!r}, group_size {group_size}, max_completion_tokens "
-                         f"{max_completion_tokens}, temperature {temperature}; they must be a list of texts, "
-                         f"at least 1, at least 1, and at least 0")
+        raise ValueError(f"prompts {prompts!r:.30} must be a list of texts, temperature {temperature} >= 0, "
+                         f"group_size {group_size} and max_completion_tokens {max_completion_tokens} >= 1")
     model.eval()  # no dropout; and no gradient checkpointing, which would switch the cache off
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     prompt_ids, rows = pad_rows(encoded).to(model.device), len(prompts) * group_size
@@ -585,9 +577,9 @@ def join_rollout(prompts, completions, texts, logprobs):
     """A Rollout of token ids of prompts and completions, lists of batch lists; none is truncated."""
     ids = pad_rows([prompt + completion for prompt, completion in zip(prompts, completions)])
     prompt_tokens, lengths = (torch.tensor([len(row) for row in rows]) for rows in (prompts, completions))
-    return Rollout(ids.to(logprobs.device), prompt_tokens.to(logprobs.device), lengths.to(logprobs.device),
-                   torch.zeros_like(lengths, dtype=torch.bool, device=logprobs.device),
-                   logprobs[:, : int(lengths.max())], list(texts))
+    columns = (ids, prompt_tokens, lengths, torch.zeros(len(lengths), dtype=torch.bool))
+    columns = [column.to(logprobs.device) for column in columns]
+    return Rollout(*columns, logprobs[:, : int(lengths.max())], texts)
 
 
 # ---- Log-probabilities, advantages, loss, optimiser [R1 Eq. 1-3] -------------------------------------------
@@ -739,8 +731,7 @@ class MasterAdamW:
 def train_sft(policy, tokenizer, examples, cfg):
     """Supervised fine-tuning in place [R1 2.3.1, 2.3.3, 2.4] -> the loss of every update.
 
-    The loss is -log π of the completions' tokens, end tokens included, averaged over the update. Prompts are
-    given, not learned.
+    The loss is the mean of -log π over the tokens of completions, end tokens included; prompts are given.
     """
     data = encode_examples(tokenizer, examples, cfg, policy.device)
 
@@ -774,11 +765,11 @@ def train_reward_model(reward_model, pairs, cfg):
 def fit(model, cfg, count, batch_loss):
     """The loop of supervised training on `count` examples, in place -> the loss of every update.
 
-    batch_loss(rows) gives the losses of an update micro-batch by micro-batch; together they are its loss. The
-    learning rate falls along a cosine to a tenth [N].
+    batch_loss(rows) gives the loss of an update in parts. The rate falls along a cosine to a tenth [N].
     """
     optimizer, losses = MasterAdamW(model, cfg.sft_learning_rate), []
-    recompute_activations(model, cfg)
+    if cfg.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     orders = [torch.randperm(count, generator=torch.Generator().manual_seed(cfg.seed * 1_000_003 + epoch))
               for epoch in range(cfg.sft_epochs)]
@@ -807,8 +798,7 @@ def encode_examples(tokenizer, examples, cfg, device):
         if len(ids) <= cfg.max_completion_tokens:
             rows.append((encode_prompt(tokenizer, prompt), ids, text))
     if len(rows) < len(examples):
-        show(f"warning   {len(examples) - len(rows)} of {len(examples)} examples are longer than "
-             f"max_completion_tokens ({cfg.max_completion_tokens}) and are left out")
+        show(f"warning   {len(examples) - len(rows)} examples beyond max_completion_tokens are left out")
     if not rows:
         raise InputError("data: no example is left; raise max_completion_tokens")
     return join_rollout(*zip(*rows), torch.zeros(len(rows), cfg.max_completion_tokens, device=device))
@@ -917,7 +907,7 @@ def evaluate(model, tokenizer, problems, cfg, samples=None):
         format_rate=mean(format_reward(*row) for row in rows),
         language=mean(language_reward(*row) for row in rows),
         truncated_rate=mean(rollout.truncated.tolist()), mean_tokens=mean(rollout.completion_tokens.tolist()),
-        reflection_rate=mean(map(reflects, rollout.texts)))
+        reflection_rate=mean(bool(REFLECTION.search(text)) for text in rollout.texts))
 
 
 def says_the_same(completion, problem):
@@ -949,9 +939,9 @@ def evaluate_general(model, tokenizer, questions, cfg, reward_model=None):
 
 
 def r1_zero(run):
-    """GRPO: the model answers, is rewarded by rules, and learns from what was better than the rest.
+    """R1-Zero: the model answers, is rewarded by rules, and learns from what was better than the rest.
 
-    On a base model this is R1-Zero [R1 2.2]; with general_data it is R1's fourth stage [R1 2.3.4].
+    It is so on a base model [R1 2.2]. R1's second stage is the same, and so is its fourth with general_data.
     """
     cfg = run.prepare()
     step = run.state["step"] if run.state else 0
@@ -1032,8 +1022,7 @@ def distill(run):
 
 # ---- Problems, prompts, batches ----------------------------------------------------------------------------
 
-GSM8K = ("https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
-         "{split}.jsonl")
+GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/%s.jsonl"
 HUB = "https://huggingface.co"
 MATH500 = f"{HUB}/datasets/HuggingFaceH4/MATH-500/resolve/main/test.jsonl"
 
@@ -1130,7 +1119,7 @@ def load_problems(source, evaluation=False, whole=False, field="data"):
     if source == "calculator":
         return calculator_problems(evaluation)
     if source == "gsm8k":
-        return read_problems(fetch(GSM8K.format(split="test" if evaluation else "train")))
+        return read_problems(fetch(GSM8K % ("test" if evaluation else "train")))
     path = fetch(MATH500) if source == "math500" else source
     if not Path(path).is_file():
         raise InputError(f"{field} {source!r} is neither calculator, gsm8k, math500 nor a file")
@@ -1313,8 +1302,7 @@ def small_talk(rng, kind, name):
 def general_problems():
     """Small talk, and requests that should be refused: every kind of question from everybody.
 
-    Each is there twice as an example by a writer who gets two of three wrong, so that something is left to
-    learn for R1's fourth stage, and as a preference pair.
+    Each makes a preference pair, and two examples by a writer who gets two of three wrong.
     """
     rng, rows = random.Random(0), []
     for name, kind in itertools.product(NAMES, SMALL_TALK):
@@ -1396,8 +1384,7 @@ def new_tiny_model(width=64):
 def muon_step(weight, momentum, learning_rate):
     """Take a step of Muon on a matrix, in place: along its momentum, made orthogonal.
 
-    torch.optim.Muon computes in bfloat16: on a CPU without it, that takes longer than forward and backward
-    pass together.
+    torch.optim.Muon computes in bfloat16, which takes longer than all the rest on a CPU that lacks it.
     """
     momentum.lerp_(weight.grad, 0.05)
     x = weight.grad.lerp(momentum, 0.95)
@@ -1466,11 +1453,6 @@ def grouped_attention(module, query, key, value, attention_mask, scaling=None, *
 AttentionInterface.register("grouped", grouped_attention)
 
 
-def head_size(config):
-    """Look up the width of one attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 class Decoder:
     """The state of cached decoding at fixed addresses: a CUDA graph captured once serves all later rollouts.
 
@@ -1481,9 +1463,9 @@ class Decoder:
     def __init__(self, model, sizes, stops):
         self.sizes, (rows, length, max_completion_tokens) = sizes, sizes
         layers, heads = model.config.num_hidden_layers, model.config.num_key_value_heads
-        with model.device:
-            self.cache = torch.zeros(  # keys and values
-                layers, 2, rows, heads, length, head_size(model.config), dtype=model.dtype)
+        head_dim = model.base_model.layers[0].self_attn.head_dim
+        with model.device:  # the cache holds keys and values
+            self.cache = torch.zeros(layers, 2, rows, heads, length, head_dim, dtype=model.dtype)
             self.index = torch.arange(rows)
             self.row = torch.arange(rows)  # which completion lies in a row, once others have left
             self.token, self.position = torch.zeros_like(self.index), torch.zeros_like(self.index)
@@ -1590,12 +1572,9 @@ class Decoder:
 
 
 def decoder_for(model, rows, length, max_completion_tokens, stops):
-    """Find the model's own decoder, whose graphs read its weights where they lie, or make a larger one.
-
-    A model that `load_model` did not load is prepared first.
-    """
+    """Find the model's own decoder, whose graphs read its weights where they lie, or make a larger one."""
     sizes = (rows, 256 * math.ceil(length / 256), max_completion_tokens)
-    if model.config._attn_implementation != "grouped":
+    if model.config._attn_implementation != "grouped":  # `load_model` did not load it
         prepare_model(model)
     decoder = getattr(model, "grpo_decoder", None)
     sizes = tuple(map(max, sizes, decoder.sizes)) if decoder else sizes
@@ -1673,19 +1652,11 @@ def load_model(path, device, dtype):
     """Load a Qwen2, Qwen3 or Llama checkpoint. Raises InputError for any other, and for a damaged one."""
     model, loading = load_pretrained(AutoModelForCausalLM, path, dtype=dtype, output_loading_info=True)
     if loading["missing_keys"]:  # transformers would put random weights in their place
-        raise InputError(f"model {path!r} lacks weights, {min(loading['missing_keys'])} among them; download "
-                         f"or save it again")
+        raise InputError(f"model {path!r} lacks weights, as {min(loading['missing_keys'])}; save it again")
     prepare_model(model, path)
     if model.num_parameters() < 10_000_000:
         torch.set_num_threads(1)  # on a busy machine two took 4 to 20 times as long: they wait for each other
     return model.to(device)
-
-
-def recompute_activations(model, cfg):
-    """Switch gradient checkpointing on, if it is wanted; it acts in training mode only."""
-    if cfg.gradient_checkpointing:
-        newer = getattr(model, "activation_checkpointing_enable", None)  # as newer versions call it
-        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def memory_gb(model, cfg, longest_prompt):
@@ -1696,7 +1667,7 @@ def memory_gb(model, cfg, longest_prompt):
     """
     shape, size, layers = model.config, model.dtype.itemsize, model.config.num_hidden_layers
     length = math.ceil((longest_prompt + cfg.max_completion_tokens) / 256) * 256
-    keys_and_values = 2 * layers * shape.num_key_value_heads * head_size(shape) * length
+    keys_and_values = 2 * layers * model.base_model.layers[0].self_attn.k_proj.out_features * length
     row = size * keys_and_values + 48 * shape.vocab_size  # with its probabilities, in float32, several times
     if cfg.stage in ("eval", "sample"):
         return 0.0, row / 1e9
@@ -1725,16 +1696,13 @@ def fit_into_memory(cfg, model, longest_prompt):
     return dataclasses.replace(cfg, max_rows=min(rows, cfg.max_rows or rows))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The grader
-#
+# ---- The grader --------------------------------------------------------------------------------------------
 # The reward is the only teacher, and the optimiser searches it for holes. So model text is never evaluated:
 # a closed grammar reads it, and every number is capped before it can grow. `tokenize` brings an answer to one
 # spelling, AnswerParser builds its value (an unevaluated sympy expression, or a tuple for a list or vector),
 # `same` compares two values part by part, and `agree` two expressions by their numbers at six random points.
 # Conventions: 0.333 is not 1/3. A unit, money or a name ("x =") may be missing on one side, but not differ.
 # Tuples and intervals are ordered, sets and lists are not. What cannot be read equals only its own text.
-# ------------------------------------------------------------------------------------------------------------
 
 def last_boxes(text):
     """The contents of the outermost balanced \\boxed{...} of a text, in order, found in one pass."""
@@ -2042,8 +2010,7 @@ show = tqdm.write  # it prints a line without breaking a progress bar
 def read_json(path):
     """Read an object from a JSON file; None if there is none that can be read."""
     with contextlib.suppress(OSError, ValueError):
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-        return value if isinstance(value, dict) else None
+        return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def write_text(path, text):
@@ -2115,8 +2082,7 @@ def load_data(cfg):
     show(f"data      {cfg.data}: {len(problems):,} problems to train on, {len(held_out):,} to evaluate on; "
          f"{len(rows) - len(problems):,} rows left out (without a usable {field}, or in eval_data too)")
     if not held_out or not problems and cfg.stage != "eval":
-        raise InputError(f"data {cfg.data!r}: stage {cfg.stage} needs rows with a usable {field}, and others "
-                         f"to evaluate on")
+        raise InputError(f"data {cfg.data!r}: stage {cfg.stage} needs more rows with a usable {field}")
     return problems, held_out
 
 
@@ -2165,10 +2131,9 @@ class Run:
             self.policy = load_model(path, device, dtype)
             self.judge = RewardModel(cfg.reward_model, cfg, device) if cfg.reward_model else None
         self.learner = learner = self.policy or self.judge.model
-        weights = learner.num_parameters()  # a checkpoint keeps each with its master and two moments
-        kind = learner.config.model_type
-        show(f"model     {path}: {kind}, {weights:,} weights, {learner.dtype} on {device}; a checkpoint "
-             f"takes about {16e-9 * weights:.2g} GB of disk, and for a moment there are two")
+        kind, weights = learner.config.model_type, learner.num_parameters()
+        show(f"model     {path}: {kind}, {weights:,} weights, {learner.dtype} on {device}")
+        show(f"disk      a checkpoint takes about {16e-9 * weights:.2g} GB, and for a moment there are two")
         return fit_into_memory(cfg, learner, self.check_prompts())
 
     def check_prompts(self):
@@ -2198,7 +2163,7 @@ class Run:
         """Show and log a step: its numbers, what looks wrong in them, and now and then a completion."""
         history = self.log("metrics.jsonl", m)
         if len(history) % 20 == 1:
-            show(TITLES if len(history) > 1 else LEGEND + TITLES)
+            show(TITLES if len(history) > 1 else f"{LEGEND}\n{TITLES}")
         show(STEP.format(**m))
         for sentence in doctor(history):
             if sentence not in self.said:  # each once
@@ -2281,7 +2246,7 @@ class Run:
     def finish(self):
         """Write summary.json, which tells that the stage is finished, and show what came out."""
         facts, seconds = self.facts, time.perf_counter() - self.began
-        summary = dict(steps=self.cfg.steps, seconds=seconds, torch=torch.__version__, **facts)
+        summary = dict(steps=self.cfg.steps, seconds=seconds, **facts)
         write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         both = {name: facts[name] for name in ("before", "after") if name in facts}
         table = facts.get("results", both)  # of evaluations, one a row
@@ -2298,10 +2263,9 @@ class Run:
         show(f"wrote {self.folder}/ in {seconds:.0f} seconds")
 
 
-TABLE = dict(  # the essentials of an evaluation, and their titles
-    pass_at_1="pass@1", interval="+-", maj_at_k="maj@k", format_rate="format", language="lang",
-    mean_tokens="tokens", reflection_rate="again", judge="judge", helpful="helpful", harmless="no harm",
-    seconds="seconds")
+TABLE = dict(pass_at_1="pass@1", interval="+-", maj_at_k="maj@k", format_rate="format", language="lang",
+             mean_tokens="tokens", reflection_rate="again", judge="judge", helpful="helpful",
+             harmless="no harm", seconds="seconds")  # the essentials of an evaluation, and their titles
 
 
 @contextlib.contextmanager
@@ -2327,8 +2291,7 @@ def finishing_steps():
 
 LEGEND = """Each line is a step. reward: its mean; right, format: shares; tokens: mean length; cut: share
 without end; again: share with a word like wait; flat: groups with all rewards equal, which teach nothing;
-kl: distance from the reference, nats a token; clip: tokens whose gradient is cut; entropy: nats; s: seconds
-"""
+kl: distance from the reference, nats a token; clip: tokens whose gradient is cut; entropy: nats; s: time"""
 TITLES = " step reward  right format tokens  cut again flat     kl  clip entropy     s"
 STEP = ("{step:5} {reward:6.2f} {accuracy:6.1%} {format:6.1%} {mean_tokens:6.1f} {truncated:4.0%} "
         "{reflection:5.0%} {flat_groups:4.0%} {kl:6.4f} {clipped:5.1%} {entropy:7.2f} "
@@ -2415,10 +2378,9 @@ STAGES = {"zero": r1_zero, "sft": sft, "reward": reward_model, "sample": sample,
 
 # ---- Command line ------------------------------------------------------------------------------------------
 
-GROUPS = dict(  # by their first setting
-    stage="what runs", template="prompts", cold_start="R1's stages and distillation", steps="GRPO",
-    prompts_per_step="sampling", format_weight="rewards", sft_epochs="supervised training",
-    micro_batch_tokens="memory", eval_every="evaluation")
+GROUPS = dict(stage="what runs", template="prompts", cold_start="R1's stages and distillation", steps="GRPO",
+              prompts_per_step="sampling", format_weight="rewards", sft_epochs="supervised training",
+              micro_batch_tokens="memory", eval_every="evaluation")  # by their first setting
 
 
 def refuse(message):
@@ -2449,10 +2411,7 @@ def build_parser():
 
 
 def parse_args(argv):
-    """Read the command line: what was typed, over the model's preset or the settings of a run to resume.
-
-    Raises InputError if these cannot be read, or if the run had other settings.
-    """
+    """Read the command line: what was typed, over the model's preset or the settings of a run to resume."""
     typed = vars(build_parser().parse_args(argv))
     if not typed.get("resume"):
         return make_config(**typed)

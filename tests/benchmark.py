@@ -145,7 +145,7 @@ def device_name():
 def floor_seconds(model, rollout, bandwidth):
     """The time to read all that a rollout has to read at least."""
     shape, steps = model.config, rollout.completion_tokens.double()
-    cached = 2 * shape.num_hidden_layers * shape.num_key_value_heads * grpo.head_size(shape)  # numbers a token
+    cached = 2 * shape.num_hidden_layers * model.base_model.layers[0].self_attn.k_proj.out_features  # numbers a token
     looked_at = (steps * rollout.prompt_tokens + steps * (steps + 1) / 2).sum()  # tokens, over all steps and rows
     return float(steps.max() * model.num_parameters() + looked_at * cached) * DTYPE.itemsize / bandwidth
 
@@ -238,7 +238,7 @@ def main():
         trl = table.add("a step of TRL's GRPOTrainer: out of memory", rows)
     model.set_attn_implementation("grouped")
 
-    grpo.recompute_activations(model, cfg)
+    model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = grpo.MasterAdamW(model, 1e-9)
     rollout.old_logprobs, rollout.advantages = rollout.sample_logprobs, torch.randn(rows, device=DEVICE)
     seconds, peak, _ = timed(lambda: grpo.update_policy(model, optimizer, rollout, cfg, 1e-9), args.repeats)

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import grpo
 
-CLOCK = {"seconds", "step_seconds", "sample_tokens_per_second", "update_tokens_per_second"}
+CLOCK = {"seconds", "step_seconds"}
 FLAGS = ("--template Q{question}A --prompts_per_step 2 --group_size 4 --max_completion_tokens 8 --steps 6 "
          "--save_every 2 --eval_every 3 --eval_problems 2 --eval_samples 2 --learning_rate 0.01 --kl_coef 0.05 "
          "--ref_every 5 --sample_every 2 --seed 3 --no-gradient_checkpointing").split()
@@ -119,7 +119,7 @@ def test_what_a_run_leaves(undisturbed, checkpoints):
     run = undisturbed["float32"]
     facts, metrics, evaluations = (json.loads((run / "summary.json").read_text()), rows(run / "metrics.jsonl"),
                                    rows(run / "evaluations.jsonl"))
-    assert facts["torch"] == torch.__version__ and facts["seconds"] > 0
+    assert facts["seconds"] > 0
     assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6] and metrics[-1]["kl"] > 0
     assert abs(metrics[0]["ratio"] - 1) < 0.2 and metrics[0]["sampler_gap"] < 1e-4 and metrics[0]["kl"] >= 0
     assert [e["step"] for e in evaluations] == [0, 3, 6] and evaluations[-1].items() >= facts["after"].items()

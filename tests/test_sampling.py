@@ -127,7 +127,7 @@ def test_a_seed_gives_the_same_completions_again(architecture, device_and_dtype,
 def test_sampling_is_in_eval_mode_with_the_cache_on(make_model, tokenizer):
     model = make_model(attention_dropout=0.5)
     expected, calls = sample(model, tokenizer), []
-    grpo.recompute_activations(model, grpo.Config(gradient_checkpointing=True))
+    model.activation_checkpointing_enable({"use_reentrant": False})
     model.base_model.register_forward_hook(
         lambda module, args, out: calls.append((module.training, tuple(args[0].shape))))
     for layer in model.base_model.layers:

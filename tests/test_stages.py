@@ -70,7 +70,7 @@ def test_a_helpful_judge_sees_the_answer_a_harmless_one_everything(text, problem
 
 def test_general_questions_are_half_of_the_last_steps_only(make_model, tokenizer, monkeypatch):
     rule = lambda text, problem, lenient=False: (None, "unjudged" if problem.task in GENERAL else "right")  # noqa: E731
-    monkeypatch.setattr(grpo, "judge", rule)
+    monkeypatch.setattr(grpo, "grade", rule)
     cfg = make_config("x", gradient_checkpointing=False, prompts_per_step=4, group_size=2, max_completion_tokens=4,
                       steps=5, preference_steps=2, kl_coef=0.0, general_data="-", reward_model="-")
     problems = [Problem(str(n), "2") for n in range(7)]
@@ -221,7 +221,7 @@ def enter(folder, patch):
     """Work in a folder with small files of data, where base models need no training and everything is fit to learn."""
     patch.chdir(folder)
     patch.setattr(grpo, "pretrain", lambda *_: None)
-    patch.setattr(grpo, "judge", chance)
+    patch.setattr(grpo, "grade", chance)
     patch.setattr(grpo, "fault", lambda *_: "")
     patch.setattr(grpo, "hub_is_reachable", lambda: False)
     short = [p for p in grpo.cold_start_traces(300, 0) if len(p.completion.split()) < 28]
@@ -322,7 +322,7 @@ def test_code_is_data_too(options, monkeypatch):
 
     plain = grpo.sample_for
     monkeypatch.setattr(grpo, "sample_for", sample_for)
-    monkeypatch.setattr(grpo, "judge", JUDGE)
+    monkeypatch.setattr(grpo, "grade", JUDGE)
     tests = ["assert square(3) == 9"], ["assert square(3) == 9", "assert square(4) == 8"]
     for name, count in (("code.jsonl", 4), ("others.jsonl", 2)):
         write_rows(name, [dict(question=f"{name} {n}", tests=tests[n % 2]) for n in range(count)])
@@ -371,7 +371,7 @@ def test_r1_has_the_papers_stages_and_starting_points(finished, monkeypatch):
     assert facts["2-reasoning-rl"]["before"] == facts["1-cold-start"]["after"] != facts["0-base"]["before"]
     assert facts["4-all-scenarios"]["before"].items() >= facts["3-sft"]["after"].items()  # and what the judge says
     assert facts["3-sft"]["after"] != facts["2-reasoning-rl"]["after"] and "judge" in facts["4-all-scenarios"]["after"]
-    for name, expected in (("2-reasoning-rl", (1.0, 0, 1.0)), ("4-all-scenarios", (1.0, 3, 0.7))):
+    for name, expected in (("2-reasoning-rl", (1.0, 0, 1.0)), ("4-all-scenarios", (1.0, 8, 0.7))):
         assert tuple(settings[name][key] for key in ("language_weight", "preference_steps", "temperature")) == expected
     assert settings["4-all-scenarios"]["reward_model"] == "runs/r1/4-reward-model/final"
     assert {settings[name]["eval_data"] for name in EVALUATED} == {"runs/r1/held-out.jsonl"}
