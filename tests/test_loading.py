@@ -56,7 +56,7 @@ def cut(name):
     (cut("model.safetensors"), "cannot be loaded .Error while deserializing header"),
     (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
     (change_config(model_type="foo"), "model type `foo`"), (change_config(vocab_size=400), "cannot be loaded"),
-    (change_config(num_hidden_layers=3, layer_types=["full_attention"] * 3), "lacks weights, model.layers.2"),
+    (change_config(num_hidden_layers=3, layer_types=["full_attention"] * 3), "lacks weights, as model.layers.2"),
     (change_config(stage="zero"), "is the folder of a run; its model is .*/final"),
     (cut("config.json"), "not a valid JSON"), (cut("tokenizer.json"), "cannot be loaded"),
     (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer")))
@@ -110,6 +110,8 @@ def on_a_card(monkeypatch, gb, sizes, dtype=torch.bfloat16, **settings):
     names = "hidden_size intermediate_size num_hidden_layers num_key_value_heads head_dim".split()
     shape = SimpleNamespace(vocab_size=151_936, **dict(zip(names, sizes)))
     model = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, config=shape)
+    attention = SimpleNamespace(k_proj=SimpleNamespace(out_features=shape.num_key_value_heads * shape.head_dim))
+    model.base_model = SimpleNamespace(layers=[SimpleNamespace(self_attn=attention)])
     model.num_parameters = lambda: sizes[-1] * 10**6
     free = int(1e9 * (gb - 0.5) - model.num_parameters() * dtype.itemsize)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 0))
