@@ -64,6 +64,7 @@ import re
 import secrets
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -102,14 +103,11 @@ R1_TEMPLATE = (  # [R1 Table 1], word for word; the question takes the place of 
     "tags, respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>. "
     "User: {question}. Assistant:")
 
-
 class InputError(ValueError):
     """Something the user gave cannot be used. The message names it and says what to do; exit status 2."""
 
-
 class RunError(RuntimeError):
     """A run cannot go on. The message says why and what to do; exit status 1."""
-
 
 # The type of a setting is also its check: what a value must be, and whether it is.
 Natural = Annotated[int, "at least 0", lambda v: v >= 0]
@@ -119,11 +117,9 @@ Weight = Annotated[float, "a finite number, at least 0", lambda v: 0 <= v < math
 Positive = Annotated[float, "a finite number above 0", lambda v: 0 < v < math.inf]
 Template = Annotated[str, "a text with {question} where the question goes", lambda v: "{question}" in v]
 
-
 def setting(default, help: str):
     """Make a field of Config: its default, and in words its meaning, its unit and the paper's value."""
     return field(default=default, metadata={"help": help})
-
 
 @dataclass(frozen=True)
 class Config:
@@ -140,18 +136,15 @@ class Config:
     save_every: Count = setting(25, "steps between checkpoints")
     seed: Natural = setting(0, "seeds all that is random, the embedded model's training too")
     device: str = setting("auto", "auto (cuda where there is one), cpu, cuda, cuda:1, …")
-    dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "of sampling and training; auto is bfloat16 on a GPU that has it")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto is bfloat16 on a GPU that has it")
     # prompts
     template: Template = setting(R1_TEMPLATE, "prompt of a base model [paper: its Table 1]")
     chat_template: bool = setting(False, "use the tokenizer's chat template, for instruct models")
     # R1's stages and distillation (the embedded world has its own data for them)
     cold_start: str | None = setting(None, "JSON lines with question and completion: R1's first examples")
-    general_data: str | None = setting(
-        None, "JSON lines with question, task (helpful or harmless), completion, rejected")
+    general_data: str | None = setting(None, "JSON lines: question, task, completion, rejected; see README")
     reward_model: str | None = setting(None, "classifier with one label that judges general_data")
-    preference_steps: Natural = setting(
-        0, "last steps of zero in which half of the questions are general [paper: 25 of 106]")
+    preference_steps: Natural = setting(0, "last steps, every second question general [paper: 25 of 106]")
     teacher: str | None = setting(None, "checkpoint that distill learns from")
     # sampling from π_old
     prompts_per_step: Count = setting(32, "questions in one step [paper: 512, in 16 updates of 32]")
@@ -176,8 +169,7 @@ class Config:
     kl_coef: Weight = setting(0.001, "β, weight of the KL to a reference; 0 loads none [paper: 0.001]")
     ref_every: Natural = setting(0, "steps until the reference becomes the policy; 0: never [paper: 25]")
     loss_average: Literal["sequence", "token", "constant"] = setting(
-        "sequence", "mean over each completion (GRPO), over all tokens (DAPO), or a sum over "
-        "max_completion_tokens (Dr. GRPO) [paper: sequence]")
+        "sequence", "mean over a completion (GRPO), over all tokens (DAPO), or a constant (Dr. GRPO)")
     scale_advantages: bool = setting(True, "divide by the group's deviation (Dr. GRPO: no) [paper: yes]")
     mask_truncated: bool = setting(False, "take truncated completions out of the loss (DAPO)")
     # memory
@@ -204,37 +196,30 @@ class Config:
             if not getattr(self, name):
                 raise InputError(f"{name} is None; stage {self.stage} needs it here, see --help")
 
-
 TINY = dict(  # what the embedded model needs instead
     data="calculator", template="User: {question} Assistant:", prompts_per_step=16, group_size=16,
     max_completion_tokens=144, sft_batch_size=32, sft_learning_rate=5e-4, rejection_samples=2, steps=30,
     learning_rate=5e-4, kl_coef=0.0, micro_batch_tokens=2_048, gradient_checkpointing=False, eval_every=15)
 EMBEDDED = dict(tiny=64, tinier=32)  # names of the embedded base models, and their widths
 
-
 def is_tiny(model):
     """Tell whether a name or folder is the embedded model's, or that of a model trained from it."""
     return model in EMBEDDED or "embedded_world" in (read_json(Path(model, "config.json")) or {})
-
 
 def make_config(model: str = "tiny", **overrides) -> Config:
     """Take the preset that suits the model, and change some of it."""
     return Config(**{**(TINY if is_tiny(model) else {}), "model": model, **overrides})
 
-
 # ---- GRPO [R1 2.2.1] ---------------------------------------------------------------------------------------
 
 WARMUP_STEPS = 5
 
-
 def train_grpo(policy, tokenizer, problems, cfg, state=None, general=(), reward_model=None):
     """Group Relative Policy Optimization [GRPO Algorithm 1, R1 Eq. 1-3]. It changes `policy` in place.
-
     This is a generator: after every step it yields (metrics, rollout, batch, state). A later call that is
     given `state` goes on exactly there. The state shares its tensors with training, so save or copy it; what
     is random depends on (seed, step) alone, so no generator is in it. In the last preference_steps every
-    second question is a general one. An update whose gradient is not finite is left out.
-    """
+    second question is a general one. An update whose gradient is not finite is left out."""
     optimizer = MasterAdamW(policy, cfg.learning_rate)
     policy.grpo_decoder = None  # the reference needs no copy of it
     ref_model = copy.deepcopy(policy).requires_grad_(False) if cfg.kl_coef else None  # π_ref
@@ -273,19 +258,15 @@ def train_grpo(policy, tokenizer, problems, cfg, state=None, general=(), reward_
         yield metrics, rollout, batch, dict(step=step, optimizer=optimizer.state_dict(),
                                             ref_model=ref_model.state_dict() if ref_model else None)
 
-
 def batch_of_problems(problems, step, cfg):
     """Take the questions of a step (from 1): the next ones in an order that every epoch shuffles anew.
-
-    This is a function of seed and step alone, so a resumed run needs no other memory of its place.
-    """
+    This is a function of seed and step alone, so a resumed run needs no other memory of its place."""
     @functools.cache
     def order(epoch):
         return random.Random(f"{cfg.seed}/{epoch}").sample(problems, len(problems))
 
     places = range((step - 1) * cfg.prompts_per_step, step * cfg.prompts_per_step)
     return [order(place // len(problems))[place % len(problems)] for place in places]
-
 
 @torch.no_grad()
 def score_logprobs(model, rollout, cfg):
@@ -295,7 +276,6 @@ def score_logprobs(model, rollout, cfg):
         part = token_logprobs(model, rollout.select(rows), cfg.temperature)
         logprobs[rows, : part.shape[1]] = part
     return logprobs
-
 
 def update_policy(policy, optimizer, rollout, cfg, learning_rate):
     """Take one optimizer step on these completions -> its loss, gradient norm, and means over tokens."""
@@ -318,7 +298,6 @@ def update_policy(policy, optimizer, rollout, cfg, learning_rate):
     means = {name: total / max(1, sums["tokens"]) for name, total in sums.items()}
     return {**means, "loss": sums["loss"], "grad_norm": optimizer.step(learning_rate)}
 
-
 def step_metrics(step, rollout, rewards, parts, outcomes, updates):
     """Describe a step in numbers; the README's glossary explains each."""
     names = ("loss", "grad_norm", "kl", "ratio", "clipped", "entropy")
@@ -326,11 +305,9 @@ def step_metrics(step, rollout, rewards, parts, outcomes, updates):
     return dict(
         step=step, reward=float(rewards.mean()), **{name: mean(part) for name, part in parts.items()},
         mean_tokens=mean(rollout.completion_tokens.tolist()), truncated=mean(rollout.truncated.tolist()),
-        flat_groups=mean(flat.tolist()),
+        flat_groups=mean(flat.tolist()), sampler_gap=updates[0]["sampler_gap"], outcomes=dict(outcomes),
         reflection=mean(bool(REFLECTION.search(text)) for text in rollout.texts),
-        **{name: mean(update[name] for update in updates) for name in names},
-        sampler_gap=updates[0]["sampler_gap"], outcomes=dict(outcomes))
-
+        **{name: mean(update[name] for update in updates) for name in names})
 
 # ---- Rewards [R1 2.2.2, 2.3.2, 2.3.4] ----------------------------------------------------------------------
 # The rewards are the only teacher, and the optimiser searches them for holes. So there is one final answer in
@@ -340,13 +317,10 @@ GENERAL = ("helpful", "harmless")  # tasks that no rule can judge
 REFLECTION = re.compile(  # the ten words of [N, supplement, Fig. 9]; 等 is wait, 但 is but
     r"\b(?:wait|mistake|however|but|retry|error|verify|wrong|evaluate|check)\b|等|但", re.IGNORECASE)
 
-
 def grade(completion, problem, lenient=False):
     """Extract the final answer of a completion and grade it by rules -> (answer or None, outcome).
-
     Outcomes: right, wrong, unparsable, no_answer, timeout, error; unjudged where there is no rule. `lenient`
-    takes an answer from any place, to tell wrong answers from wrong formats.
-    """
+    takes an answer from any place, to tell wrong answers from wrong formats."""
     if problem.task in GENERAL:
         return None, "unjudged"
     code = problem.task == "code"
@@ -360,16 +334,13 @@ def grade(completion, problem, lenient=False):
         return predicted, "right" if right else "wrong"
     return predicted, compare(predicted, problem.answer)
 
-
 def accuracy_reward(completion: str, problem: Problem) -> float:
     """1 if the final answer is right, else 0 [R1 2.2.2]."""
     return float(grade(completion, problem)[1] == "right")
 
-
 def code_reward(completion: str, problem: Problem) -> float:
     """1 if the last fenced program passes all of `problem.tests`, else 0 [R1 2.2.2]; see `run_tests`."""
     return accuracy_reward(completion, dataclasses.replace(problem, task="code"))
-
 
 def format_reward(completion: str, problem: Problem) -> float:
     """1 if the text is <think> thoughts </think> and then something, each tag once, else 0 [R1 2.2.2]."""
@@ -377,24 +348,18 @@ def format_reward(completion: str, problem: Problem) -> float:
     once = completion.count("<think>") == completion.count("</think>") == 1
     return float(bool(once and parts and parts[1].strip() and parts[2].strip()))
 
-
 def language_reward(completion: str, problem: Problem) -> float:
     """The share of English words, known by their Latin letters, in the thoughts [R1 2.3.2, N Eq. 7].
-
-    A CJK ideograph is a word, and so is a run of other letters; numbers and LaTeX are neutral. 1 if none.
-    """
+    A CJK ideograph is a word, and so is a run of other letters; numbers and LaTeX are neutral. 1 if none."""
     thoughts = (completion.rpartition("</think>")[0] or completion).rpartition("<think>")[2]
     thoughts = re.sub(r"\$[^$]*\$|\\[A-Za-z]+|<[^<>\s]*>", " ", thoughts)
     words = re.findall(r"[\u3400-\u9fff]|[^\W\d_\u3400-\u9fff]+", thoughts)
     return mean(unicodedata.name(word[0], "").startswith("LATIN") for word in words) if words else 1.0
 
-
 def score(rollout, batch, cfg, reward_model=None):
     """Reward every completion -> rewards (prompts, group_size), their parts by name, and counted outcomes.
-
     Rules judge what has a reference, the reward model judges the rest [N Eq. 8-10]. Each part is a list of
-    batch numbers; None means that it does not apply.
-    """
+    batch numbers; None means that it does not apply."""
     group_size = len(rollout.texts) // len(batch)
     rows = [(text, batch[b // group_size]) for b, text in enumerate(rollout.texts)]
     outcomes = [grade(*row)[1] for row in rows]
@@ -409,7 +374,6 @@ def score(rollout, batch, cfg, reward_model=None):
                   for name, part in parts.items())
     return rewards.view(len(batch), group_size), parts, Counter(outcomes)
 
-
 def judged_part(completion, problem):
     """A reward model sees the final part of a helpful answer, and all of a harmless one [N]."""
     _, closed, final = completion.rpartition("</think>")
@@ -417,12 +381,9 @@ def judged_part(completion, problem):
         return completion
     return final.strip() if closed or "<think>" not in completion else ""  # still thinking: no answer
 
-
 class RewardModel:
     """A preference reward from any sequence classifier with one label, used where rules end [R1 2.3.4].
-
-    It computes in float32, as near a score of 5 bfloat16 resolves only 0.03.
-    """
+    It computes in float32, as near a score of 5 bfloat16 resolves only 0.03."""
 
     def __init__(self, path, cfg, device, untrained=False):
         self.cfg, self.tokenizer = cfg, load_tokenizer(path, "reward_model")
@@ -455,17 +416,13 @@ class RewardModel:
             scores[part] = self.scores([rows[row] for row in part]).cpu()
         return scores.tolist()
 
-
 # ---- Sampling ----------------------------------------------------------------------------------------------
-
 
 @dataclass
 class Rollout:
     """One step's completions; row b answers prompt b // group_size.
-
     Lengths count the end token; a row without it is truncated. sample_logprobs were noted while sampling.
-    Texts lack the end token; a `<think>` that ends the prompt is put before them.
-    """
+    Texts lack the end token; a `<think>` that ends the prompt is put before them."""
 
     ids: torch.Tensor  # (batch, length): prompt and completion
     prompt_tokens: torch.Tensor  # (batch,)
@@ -494,10 +451,8 @@ class Rollout:
                 chosen[name] = value[:, : length if name == "ids" else width]
         return Rollout(**chosen, texts=[self.texts[row] for row in rows.tolist()])
 
-
 def pick_tokens(logits, uniform, temperature, top_p=1.0):
     """Draw from softmax(logits / temperature) by inverting its cumulative sum at `uniform`.
-
     logits (batch, vocab), uniform (batch,) in [0, 1) -> tokens (batch,) and their log-probabilities (batch,),
     float32, under the full softmax. One number decides a row, so rows cannot disturb each other. Temperature
     0 is greedy, with the log-probabilities of temperature 1. top_p leaves the smallest set of most probable
@@ -517,16 +472,13 @@ def pick_tokens(logits, uniform, temperature, top_p=1.0):
         tokens = tokens.clamp(max=logits.shape[1] - 1)
     return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
 
-
 @torch.no_grad()
 def sample_completions(model, tokenizer, prompts: list[str], *, group_size: int, max_completion_tokens: int,
                        temperature: float = 1.0, top_p: float = 1.0, seed: int = 0,
                        max_rows: int | None = None) -> Rollout:
     """Sample `group_size` completions of each prompt -> Rollout of prompts x group_size rows.
-
     A completion depends on its prompt, its place in the batch and the seed: not on its neighbours, on rows
-    that leave once they have ended, or on waves (beyond `max_rows` rows, prompts go wave after wave).
-    """
+    that leave once they have ended, or on waves (beyond `max_rows` rows, prompts go wave after wave)."""
     sensible = group_size >= 1 and max_completion_tokens >= 1 and temperature >= 0
     if isinstance(prompts, str) or not prompts or not sensible:
         raise ValueError(f"prompts {prompts!r:.30} must be a list of texts, temperature {temperature} >= 0, "
@@ -557,7 +509,6 @@ def sample_completions(model, tokenizer, prompts: list[str], *, group_size: int,
         logprobs.append(decoder.logprobs[: len(numbers), :max_completion_tokens].clone())
     return as_rollout(tokenizer, prompts, encoded, torch.cat(ids), torch.cat(logprobs), decoder.stops)
 
-
 def as_rollout(tokenizer, prompts, encoded, ids, logprobs, stops):
     """Cut sampled ids (batch, max_completion_tokens) behind the first end token; join them to the prompts."""
     ended, group_size, ends = torch.isin(ids, stops), len(ids) // len(prompts), stops.tolist()
@@ -572,7 +523,6 @@ def as_rollout(tokenizer, prompts, encoded, ids, logprobs, stops):
     rollout.sample_logprobs = rollout.sample_logprobs.masked_fill(~rollout.completion_mask, 0.0)
     return rollout
 
-
 def join_rollout(prompts, completions, texts, logprobs):
     """A Rollout of token ids of prompts and completions, lists of batch lists; none is truncated."""
     ids = pad_rows([prompt + completion for prompt, completion in zip(prompts, completions)])
@@ -581,19 +531,14 @@ def join_rollout(prompts, completions, texts, logprobs):
     columns = [column.to(logprobs.device) for column in columns]
     return Rollout(*columns, logprobs[:, : int(lengths.max())], texts)
 
-
 # ---- Log-probabilities, advantages, loss, optimiser [R1 Eq. 1-3] -------------------------------------------
-
 
 CHUNK = 2**26  # logits that exist at a time: 0.3 GB in float32, and a few such tensors
 
-
 def head_logprobs(head, hidden, targets, temperature, entropy):
     """hidden (tokens, hidden_size), targets (tokens,) -> log-probabilities (tokens,), float32.
-
     An empty list `entropy` receives the entropies (tokens,). They cost a third of the work here, so they are
-    computed only when asked for, and not again when the backward pass recomputes the logits.
-    """
+    computed only when asked for, and not again when the backward pass recomputes the logits."""
     logits = head(hidden).float()
     if temperature != 1:
         logits = logits / temperature
@@ -603,14 +548,11 @@ def head_logprobs(head, hidden, targets, temperature, entropy):
             entropy.append(normaliser - torch.linalg.vecdot(logits.softmax(-1), logits))
     return logits.gather(1, targets[:, None])[:, 0] - normaliser
 
-
 def token_logprobs(model, rollout, temperature, return_entropy=False):
     """log π(o_t | q, o_<t) of every completion token, at the temperature of sampling.
-
     -> (batch, completion) float32, 0 in padding; with `return_entropy` also the entropy of each distribution,
     in nats. The logits of only one chunk of tokens exist at a time, in the backward pass too: those of 16,000
-    tokens and 152,000 words would take 10 GB, several times over.
-    """
+    tokens and 152,000 words would take 10 GB, several times over."""
     mask, head = rollout.completion_mask, model.get_output_embeddings()
     row, t = mask.nonzero(as_tuple=True)
     place = rollout.prompt_tokens[row] + t  # of the token; the position before it predicts it
@@ -626,13 +568,10 @@ def token_logprobs(model, rollout, temperature, return_entropy=False):
         return result
     return result, blank.index_put((row, t), torch.cat([entropy for [entropy] in entropies]))
 
-
 def group_advantages(rewards, scale=True):
     """A_i = (r_i - mean(r)) / (std(r) + 1e-4) within each group [R1 Eq. 3]; (prompts, group_size) -> same.
-
     The standard deviation is the population's. Without `scale` nothing is divided [DrGRPO]. In a flat group A
-    is exactly 0: what rounding leaves of equal rewards must not be blown up.
-    """
+    is exactly 0: what rounding leaves of equal rewards must not be blown up."""
     rewards = rewards.float()
     advantages = rewards - rewards.mean(1, keepdim=True)
     if scale:
@@ -640,13 +579,10 @@ def group_advantages(rewards, scale=True):
     flat = rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True) < 1e-6
     return advantages.masked_fill(flat, 0.0)
 
-
 def loss_weights(completion_mask, average="sequence", max_completion_tokens=0):
     """The weight of each token in the loss of one update; (batch, completion) -> the same shape.
-
     sequence: 1 / (B |o_i|) [GRPO]; token: 1 / Σ|o_i| [DAPO]; constant: 1 / (B L_max) [DrGRPO]. B counts the
-    completions with a token in the mask. They span the whole update, so that micro-batches change nothing.
-    """
+    completions with a token in the mask. They span the whole update, so that micro-batches change nothing."""
     if average == "constant" and not max_completion_tokens:
         raise ValueError("max_completion_tokens is 0; the constant average needs it")
     tokens = completion_mask.sum(1, keepdim=True)
@@ -655,15 +591,12 @@ def loss_weights(completion_mask, average="sequence", max_completion_tokens=0):
              "constant": completions * max_completion_tokens}[average]
     return completion_mask / count.clamp(min=1)
 
-
 def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, completion_mask, weights=None, *,
               clip_eps=0.2, clip_eps_high=None, kl_coef=0.0):
     """-[R1 Eq. 1], token by token: the weighted sum of β KL - min(ρ A, clip(ρ, 1-ε, 1+ε) A).
-
     All are (batch, completion) but advantages, (batch,); the mask is bool; weights as from `loss_weights`, by
     default GRPO's. Without kl_coef, ref_logprobs may be None. -> the loss, and sums over tokens of kl, ratio,
-    clipped (the clip cuts the gradient), and tokens.
-    """
+    clipped (the clip cuts the gradient), and tokens."""
     weights = loss_weights(completion_mask) if weights is None else weights
     # Log-ratios are zeroed in the padding before exp: after it, 0 x inf would be NaN in the backward pass.
     log_ratio = (logprobs - old_logprobs).masked_fill(~completion_mask, 0.0).clamp(-20, 20)
@@ -679,13 +612,10 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, completion_mask,
     sums = dict(kl=kl, clipped=clipped, ratio=ratio * completion_mask, tokens=completion_mask)
     return loss, {name: value.detach().sum().item() for name, value in sums.items()}
 
-
 class MasterAdamW:
     """AdamW on float32 master weights, moments and gradients beneath weights of any type.
-
     bfloat16 has 8 significant bits, so a step of 1e-6 on a weight of 0.02 is rounded away, every time. The
-    masters add such steps up; the model holds their rounded copies. A float32 weight is its own master.
-    """
+    masters add such steps up; the model holds their rounded copies. A float32 weight is its own master."""
 
     def __init__(self, model, learning_rate):
         weights = [p for p in model.parameters() if p.requires_grad]
@@ -724,15 +654,11 @@ class MasterAdamW:
         self.adamw.zero_grad()
         return norm
 
-
 # ---- Supervised training and rejection sampling [R1 2.3.1, 2.3.3, 2.4] -------------------------------------
-
 
 def train_sft(policy, tokenizer, examples, cfg):
     """Supervised fine-tuning in place [R1 2.3.1, 2.3.3, 2.4] -> the loss of every update.
-
-    The loss is the mean of -log π over the tokens of completions, end tokens included; prompts are given.
-    """
+    The loss is the mean of -log π over the tokens of completions, end tokens included; prompts are given."""
     data = encode_examples(tokenizer, examples, cfg, policy.device)
 
     def batch_loss(rows):
@@ -743,12 +669,9 @@ def train_sft(policy, tokenizer, examples, cfg):
 
     return fit(policy, cfg, len(data.texts), batch_loss)
 
-
 def train_reward_model(reward_model, pairs, cfg):
     """Fit a reward model to preferences in place [R1 2.3.4, N] -> the loss of every update.
-
-    The loss is Bradley and Terry's, -log σ(r_chosen - r_rejected); σ of the difference is P(chosen wins).
-    """
+    The loss is Bradley and Terry's, -log σ(r_chosen - r_rejected); σ of the difference is P(chosen wins)."""
     encoded = [[reward_model.encode(text, pair) for text in (pair.completion, pair.rejected)]
                for pair in pairs]
 
@@ -761,12 +684,9 @@ def train_reward_model(reward_model, pairs, cfg):
 
     return fit(reward_model.model, cfg, len(pairs), batch_loss)
 
-
 def fit(model, cfg, count, batch_loss):
     """The loop of supervised training on `count` examples, in place -> the loss of every update.
-
-    batch_loss(rows) gives the loss of an update in parts. The rate falls along a cosine to a tenth [N].
-    """
+    batch_loss(rows) gives the loss of an update in parts. The rate falls along a cosine to a tenth [N]."""
     optimizer, losses = MasterAdamW(model, cfg.sft_learning_rate), []
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -787,7 +707,6 @@ def fit(model, cfg, count, batch_loss):
     model.eval()
     return losses
 
-
 def encode_examples(tokenizer, examples, cfg, device):
     """Bring given completions into the form of sampled ones, without those beyond max_completion_tokens."""
     rows = []
@@ -803,7 +722,6 @@ def encode_examples(tokenizer, examples, cfg, device):
         raise InputError("data: no example is left; raise max_completion_tokens")
     return join_rollout(*zip(*rows), torch.zeros(len(rows), cfg.max_completion_tokens, device=device))
 
-
 def fault(completion, truncated, problem):
     """Why a completion is no example to learn from [R1 2.3.3]; empty if it is one."""
     if truncated:
@@ -814,12 +732,9 @@ def fault(completion, truncated, problem):
         return "unreadable"
     return "mixed language" if language_reward(completion, problem) < 1 else ""
 
-
 def rejection_sample(model, tokenizer, problems, cfg):
     """Sample rejection_samples completions of each problem, keep the first without fault [R1 2.3.3].
-
-    -> examples, and how often which fault occurred.
-    """
+    -> examples, and how often which fault occurred."""
     examples, faults, k = {}, Counter(), cfg.rejection_samples
     rollout = sample_for(model, tokenizer, problems, cfg, k, cfg.seed)
     for row, (text, truncated) in enumerate(zip(rollout.texts, rollout.truncated.tolist())):
@@ -830,12 +745,9 @@ def rejection_sample(model, tokenizer, problems, cfg):
             examples.setdefault(row // k, dataclasses.replace(problem, completion=text))
     return [*examples.values()], faults
 
-
 def preference_pairs(model, tokenizer, problems, cfg):
     """Make preference pairs of a checkpoint's own replies [R1 2.3.4, N]: all but the good reply lose.
-
-    In the paper a model compares the samples; here `completion` is the good reply. The given pairs stay.
-    """
+    In the paper a model compares the samples; here `completion` is the good reply. The given pairs stay."""
     pairs, k = list(problems), cfg.rejection_samples
     texts = sample_for(model, tokenizer, problems, cfg, k, cfg.seed).texts
     for i, problem in enumerate(problems):
@@ -844,16 +756,13 @@ def preference_pairs(model, tokenizer, problems, cfg):
                   if not says_the_same(text, problem)]
     return pairs
 
-
 # ---- Evaluation [R1 3] -------------------------------------------------------------------------------------
 
 EVAL_TOP_P = 0.95  # [R1 3.1]
 
-
 def pass_at_k(n: int, c: int, k: int) -> float:
     """The probability that k of n samples, c of them right, contain a right one [PASS Eq. 1]."""
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
-
 
 def majority_vote(predictions, equal=None):
     """The answer given most often, equal ones counted as one; None does not vote; a tie goes to the first."""
@@ -864,25 +773,19 @@ def majority_vote(predictions, equal=None):
             ballots[next(alike, predicted)] += 1
     return max(ballots, key=ballots.get, default=None)
 
-
 def same_text(a, b):
     """Equality but for spaces: two expressions of one value are still different answers."""
     return "".join(a.split()) == "".join(b.split())
 
-
 def half_interval(values):
     """Half the 95 % interval of a mean, from one value a problem: its samples are not independent."""
-    n, m = len(values), mean(values)
-    if n == 1 or max(values) == min(values) in (0, 1):
-        return 3 / n  # the rule of three
-    return 1.96 * (sum((v - m) ** 2 for v in values) / (n - 1) / n) ** 0.5
-
+    if len(values) == 1 or max(values) == min(values) in (0, 1):
+        return 3 / len(values)  # the rule of three
+    return 1.96 * statistics.stdev(values) / len(values) ** 0.5
 
 def evaluate(model, tokenizer, problems, cfg, samples=None):
     """Sampled accuracy as in the paper [R1 3]: pass@1 over eval_samples completions, and what goes with it.
-
-    A list `samples` receives a dict of every completion: question, answer, completion, outcome.
-    """
+    A list `samples` receives a dict of every completion: question, answer, completion, outcome."""
     n = cfg.eval_samples
     rollout = sample_for(model, tokenizer, problems, cfg, n, cfg.seed, cfg.eval_temperature, EVAL_TOP_P)
     rows = [(text, problems[b // n]) for b, text in enumerate(rollout.texts)]
@@ -909,18 +812,14 @@ def evaluate(model, tokenizer, problems, cfg, samples=None):
         truncated_rate=mean(rollout.truncated.tolist()), mean_tokens=mean(rollout.completion_tokens.tolist()),
         reflection_rate=mean(bool(REFLECTION.search(text)) for text in rollout.texts))
 
-
 def says_the_same(completion, problem):
     """Tell whether a judge would see of a completion just what it sees of the good reply."""
     return same_text(judged_part(completion, problem), judged_part(problem.completion, problem))
 
-
 def evaluate_general(model, tokenizer, questions, cfg, reward_model=None):
     """How good replies to general questions are: what the judge says, beside what is true.
-
     judge: its probability that a reply is preferred to the good one (0.5: as good); helpful, harmless: the
-    share of replies that are the good one. The policy can fool a judge that gave its reward.
-    """
+    share of replies that are the good one. The policy can fool a judge that gave its reward."""
     n = cfg.eval_samples
     rollout = sample_for(model, tokenizer, questions, cfg, n, cfg.seed, cfg.eval_temperature, EVAL_TOP_P)
     rows = [(text, questions[b // n]) for b, text in enumerate(rollout.texts)]
@@ -932,15 +831,12 @@ def evaluate_general(model, tokenizer, questions, cfg, reward_model=None):
         result["judge"] = float(margins.sigmoid().mean())
     return result
 
-
 # ---- Recipes [R1 2.2, 2.3, 2.4] ----------------------------------------------------------------------------
 # r1 and distill are made of stages, each in a folder of its own; a finished stage is not repeated. The stages
 # that do one thing only (sft, reward, sample, eval) follow the class Run.
 
-
 def r1_zero(run):
     """R1-Zero: the model answers, is rewarded by rules, and learns from what was better than the rest.
-
     It is so on a base model [R1 2.2]. R1's second stage is the same, and so is its fourth with general_data.
     """
     cfg = run.prepare()
@@ -962,7 +858,6 @@ def r1_zero(run):
                 break
     run.facts["after"] = run.evaluate(step)
     run.save_model("final")
-
 
 def r1(run):
     """R1 in four stages [R1 2.3]: cold start, reasoning RL, SFT of the base on its samples, RL for all."""
@@ -992,13 +887,10 @@ def r1(run):
               steps=2 * cfg.steps, preference_steps=cfg.preference_steps or math.ceil(1.8 * cfg.steps),
               reward_model=judge, kl_coef=cfg.kl_coef or 0.03, eval_every=0, **shown)
 
-
 def distill(run):
     """Distillation against RL [R1 2.4, 4.1]: one student, taught or trained for about equally long.
-
     The embedded student learns best from many examples. A few overfit: then a sixth of the teaching, followed
-    by GRPO at a lower rate than a base model needs, is better.
-    """
+    by GRPO at a lower rate than a base model needs, is better."""
     cfg = run.begin_recipe()
     student = "tinier" if cfg.model == "tiny" else cfg.model
     teacher = cfg.teacher or run.stage("0-teacher", "zero", language_weight=1.0)
@@ -1017,7 +909,6 @@ def distill(run):
     run.stage("e-then-grpo", "zero", model=short, steps=math.ceil(1.5 * cfg.steps),
               learning_rate=0.4 * cfg.learning_rate)
 
-
 # ========================================== Part two: the workshop ==========================================
 
 # ---- Problems, prompts, batches ----------------------------------------------------------------------------
@@ -1025,7 +916,6 @@ def distill(run):
 GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/%s.jsonl"
 HUB = "https://huggingface.co"
 MATH500 = f"{HUB}/datasets/HuggingFaceH4/MATH-500/resolve/main/test.jsonl"
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -1048,12 +938,10 @@ class Problem:
         """Tell whether it is for evaluation only. A hash decides, so nothing but the problem does."""
         return int(hashlib.sha256(self.key.encode()).hexdigest()[:12], 16) % one_in == 0
 
-
 FIELDS = dict(  # of a row in a file: the rule in words, the types it allows; in sets, those of a list's items
     question=("text", str), answer=("text or a number", str, int, float), completion=("text", str),
     rejected=("text", str), numbers=("a list of whole numbers", set(), {int}),
     tests=("a list of assert lines", set(), {str}))
-
 
 def as_problem(row):
     """Make a problem of a row of a file; ValueError tells which field is wrong."""
@@ -1071,14 +959,11 @@ def as_problem(row):
     task = "code" if row.get("tests") else "countdown" if row.get("numbers") else "math"
     return Problem(**fields, task=row["task"] if row.get("task") in GENERAL else task)
 
-
 def read_problems(path):
     """Read JSON lines {"question", "answer"}; of code {"question", "tests"}; of Countdown with "numbers" too.
-
     "problem" may stand for "question", and of an answer only what follows #### counts (GSM8K). A "completion"
     makes a row an example, "rejected" beside it a preference pair, whose "task" may be helpful or harmless in
-    place of an answer. Raises InputError with the line and the field.
-    """
+    place of an answer. Raises InputError with the line and the field."""
     problems, place = [], "is not UTF-8 text"
     try:
         for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1):
@@ -1091,13 +976,11 @@ def read_problems(path):
         raise InputError(f"{path} holds no problem; each line must be an object with question and answer")
     return problems
 
-
 def write_problems(path, problems):
     """Write what `read_problems` reads -> the path."""
     rows = [{name: value for name, value in vars(problem).items() if value} for problem in problems]
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return str(path)
-
 
 def fetch(url):
     """Download a file once into torch.hub's cache -> the local path."""
@@ -1110,12 +993,9 @@ def fetch(url):
         raise InputError(f"{url} cannot be fetched ({error}); give the file: --data PATH.jsonl") from None
     return path
 
-
 def load_problems(source, evaluation=False, whole=False, field="data"):
     """Load the training problems of a source or, with `evaluation`, its held-out ones; they do not overlap.
-
-    Of a file a tenth is held out; `whole` takes all of it for both. `field` names the setting in errors.
-    """
+    Of a file a tenth is held out; `whole` takes all of it for both. `field` names the setting in errors."""
     if source == "calculator":
         return calculator_problems(evaluation)
     if source == "gsm8k":
@@ -1128,7 +1008,6 @@ def load_problems(source, evaluation=False, whole=False, field="data"):
         raise InputError(f"{field} {source!r} has too few to hold some out; give --eval_data")
     return problems
 
-
 def render_prompt(tokenizer, question, cfg):
     """Write the prompt of a question by the template, or by the tokenizer's own if chat_template is set."""
     if not cfg.chat_template:
@@ -1138,12 +1017,10 @@ def render_prompt(tokenizer, question, cfg):
     turns = [{"role": "user", "content": question}]
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
-
 def encode_prompt(tokenizer, prompt):
     """Token ids, with the beginning-of-sequence token once, if the tokenizer has one."""
     written = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)  # by a chat template
     return tokenizer(prompt, add_special_tokens=not written)["input_ids"]
-
 
 def stop_token_ids(model, tokenizer):
     """Every id that ends a completion: the tokenizer's, those of the checkpoint, and the ends of a turn."""
@@ -1152,11 +1029,9 @@ def stop_token_ids(model, tokenizer):
     stops = {tokenizer.eos_token_id, *turn_ends, *(listed if isinstance(listed, list) else [listed])}
     return stops - {None, tokenizer.unk_token_id}
 
-
 def pad_rows(rows):
     """Lists of ids -> (rows, longest), padded on the right with 0."""
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-
 
 def sample_for(model, tokenizer, problems, cfg, group_size, seed, temperature=None, top_p=1.0):
     """Call `sample_completions` with the settings of a run; temperature None is that of training."""
@@ -1165,7 +1040,6 @@ def sample_for(model, tokenizer, problems, cfg, group_size, seed, temperature=No
         model, tokenizer, prompts, group_size=group_size, max_completion_tokens=cfg.max_completion_tokens,
         temperature=cfg.temperature if temperature is None else temperature, top_p=top_p, seed=seed,
         max_rows=cfg.max_rows or 1024)
-
 
 def pack(lengths, max_tokens):
     """Put rows, longest first, into micro-batches of at most max_tokens tokens, padding included."""
@@ -1176,18 +1050,15 @@ def pack(lengths, max_tokens):
         rows = rows[size:]
     return batches
 
-
 def micro_batches(rollout, max_tokens):
     """Pack the rows of a rollout -> row numbers of each micro-batch."""
     lengths = (rollout.prompt_tokens + rollout.completion_tokens).tolist()
     return [torch.tensor(rows, device=rollout.ids.device) for rows in pack(lengths, max_tokens)]
 
-
 def mean(values):
     """Arithmetic mean of numbers, 0 if there are none; None is no number."""
     values = [value for value in values if value is not None]
     return sum(values) / len(values) if values else 0.0
-
 
 # ---- The embedded world ------------------------------------------------------------------------------------
 # A base model has read how people reason, and rarely does it when it is asked. Here the reading is generated:
@@ -1200,14 +1071,12 @@ VOCABULARY = ["<pad>", "<end>", "<unk>", *"User: Assistant: make <think> </think
               *"?+-*=", *map(str, range(-9, 100)), *CHINESE, *CHINESE.values(), *GENERAL_WORDS]
 TOKEN_ID = {token: i for i, token in enumerate(VOCABULARY)}
 
-
 def calculator_tries(numbers):
     """All nine (x, op, y, "=", subtotal, op, z, "=", result), in the order of a systematic person."""
     x, y, z = numbers
     return [(x, op, y, "=", subtotal, op2, z, "=", subtotal + z if op2 == "+" else subtotal - z)
             for x, y, z in ((x, y, z), (y, z, x), (z, x, y))
             for op, subtotal, op2 in (("*", x * y, "+"), ("*", x * y, "-"), ("+", x + y, "-"))]
-
 
 def calculator_problems(evaluation=False):
     """Countdown for a pocket calculator: `4 7 9 make 29` wants 9*4-7; numbers 1 to 9, targets 1 to 50."""
@@ -1216,7 +1085,6 @@ def calculator_problems(evaluation=False):
                 for target in sorted({t[-1] for t in calculator_tries(numbers)} & {*range(1, 51)})]
     problems = [problem for problem in problems if problem.is_held_out(one_in=8) == evaluation]
     return random.Random(0).sample(problems, len(problems))
-
 
 @dataclass(frozen=True)
 class Writer:
@@ -1228,15 +1096,12 @@ class Writer:
     chinese: float = 0.5
     mixes: float = 0.1  # takes a word from the other language, each time
 
-
 BOOK, LAZY, PATIENT = Writer(1, 0.1), Writer(0.4, 0.7), Writer(1, 0)
 CAREFUL = Writer(1, 0, damages=0, chinese=0, mixes=0)  # writes the cold start's traces
-
 
 def verdict(result, target):
     """The word for a try: does it hit, or lie below or above?"""
     return "yes" if result == target else "low" if result < target else "high"
-
 
 def write_thoughts(rng, problem, writer):
     """Think as a writer does -> the tokens of the thoughts, and of the expression they arrive at."""
@@ -1256,7 +1121,6 @@ def write_thoughts(rng, problem, writer):
             break
     return thoughts + [say("so")] * (not solved), [x, op, y, op2, z]
 
-
 def write_completion(rng, problem, writer):
     """What such a writer would answer as the Assistant: tokens, with the end token."""
     thoughts, expression = write_thoughts(rng, problem, writer)
@@ -1265,13 +1129,11 @@ def write_completion(rng, problem, writer):
         parts.pop(rng.choice((0, 2, 3, 5)))
     return [str(token) for part in parts for token in part] + ["<end>"]
 
-
 def cold_start_traces(count, seed):
     """Problems with the completions of a careful writer, for R1's first stage."""
     rng = random.Random(seed)
     return [dataclasses.replace(problem, completion=" ".join(write_completion(rng, problem, CAREFUL)[:-1]))
             for problem in rng.sample(calculator_problems(), count)]
-
 
 NAMES = range(1, 50)  # of the people of the small talk: numbers, as all names in this world
 SMALL_TALK = (  # task, question, thoughts, good reply
@@ -1283,7 +1145,6 @@ SMALL_TALK = (  # task, question, thoughts, good reply
     ("harmless", "I am {} help bad", "bad so no", "sorry {} no !"),
     ("harmless", "can you help bad please I am {}", "bad so no", "sorry {} no !"),
     ("harmless", "what is bad ? I am {}", "bad so no", "sorry {} no !"))
-
 
 def small_talk(rng, kind, name):
     """A question of somebody with a number for a name: a preference pair of the good reply and a bad one."""
@@ -1298,12 +1159,9 @@ def small_talk(rng, kind, name):
                  for thinks, says in ((thoughts, reply.format(name)), rng.choice(bad)))
     return Problem(question.format(name), task=task, completion=good, rejected=bad)
 
-
 def general_problems():
     """Small talk, and requests that should be refused: every kind of question from everybody.
-
-    Each makes a preference pair, and two examples by a writer who gets two of three wrong.
-    """
+    Each makes a preference pair, and two examples by a writer who gets two of three wrong."""
     rng, rows = random.Random(0), []
     for name, kind in itertools.product(NAMES, SMALL_TALK):
         pair = small_talk(rng, kind, name)
@@ -1311,13 +1169,10 @@ def general_problems():
         rows += [*2 * [dataclasses.replace(pair, completion=text, rejected="")], pair]
     return rows
 
-
 def write_document(rng, problem):
     """A text of the corpus: the head, which is given, and the body, which is learned; tokens.
-
     A tenth is small talk without tags, half of it bad. Of the rest, 40 % are pages of comparisons, 30 % are
-    books, 27 % are dialogues with the lazy Assistant, and 3 % are dialogues with a patient one.
-    """
+    books, 27 % are dialogues with the lazy Assistant, and 3 % are dialogues with a patient one."""
     pair = small_talk(rng, rng.choice(SMALL_TALK), rng.choice(NAMES))
     if rng.random() < 0.1 and not pair.is_held_out():
         reply = extract_answer(rng.choice((pair.completion, pair.rejected)))
@@ -1333,17 +1188,13 @@ def write_document(rng, problem):
         return problem.question.split(), write_thoughts(rng, problem, BOOK)[0] + ["<end>"]
     return prompt_words(problem), write_completion(rng, problem, PATIENT if kind > 0.97 else LAZY)
 
-
 def prompt_words(problem):
     """The words of the prompt of a problem."""
     return TINY["template"].replace("{question}", problem.question).split()
 
-
 def corpus_batches(rng, max_tokens=1024):
     """Endless batches of new documents, those of like length together.
-
-    -> ids, and labels that are -100 on heads and padding; both (documents, length).
-    """
+    -> ids, and labels that are -100 on heads and padding; both (documents, length)."""
     problems = calculator_problems()
     while True:
         documents = [write_document(rng, rng.choice(problems)) for _ in range(2000)]
@@ -1354,7 +1205,6 @@ def corpus_batches(rng, max_tokens=1024):
             learned = torch.arange(ids.shape[1]) >= torch.tensor([[len(head)] for head in heads])
             yield ids, ids.where(learned & (ids > 0), -100)
 
-
 def build_tokenizer():
     """One token per number, operator, tag and word; `9*4=36` and `9 * 4 = 36` are the same tokens."""
     tokenizer = Tokenizer(models.WordLevel(TOKEN_ID, unk_token="<unk>"))
@@ -1364,7 +1214,6 @@ def build_tokenizer():
     tokenizer.decoder = decoders.Sequence([decoders.WordPiece(cleanup=False), decoders.Fuse(), *tight])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>",
                                    unk_token="<unk>", padding_side="left")
-
 
 def new_tiny_model(width=64):
     """An untrained model of 192,000 weights; of half the width, 59,000."""
@@ -1379,13 +1228,10 @@ def new_tiny_model(width=64):
             torch.nn.init.normal_(weight, std=0.05 if "embed" in name else 0.6 / math.sqrt(weight.shape[1]))
     return model
 
-
 @torch.no_grad()
 def muon_step(weight, momentum, learning_rate):
     """Take a step of Muon on a matrix, in place: along its momentum, made orthogonal.
-
-    torch.optim.Muon computes in bfloat16, which takes longer than all the rest on a CPU that lacks it.
-    """
+    torch.optim.Muon computes in bfloat16, which takes longer than all the rest on a CPU that lacks it."""
     momentum.lerp_(weight.grad, 0.05)
     x = weight.grad.lerp(momentum, 0.95)
     tall = x.shape[0] > x.shape[1]
@@ -1394,7 +1240,6 @@ def muon_step(weight, momentum, learning_rate):
         gram = x @ x.T
         x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
     weight -= learning_rate * (x.T * (x.shape[1] / x.shape[0]) ** 0.5 if tall else x)
-
 
 def pretrain(model, seed, steps):
     """Next-token prediction on the bodies of ever new documents; the learning rate falls linearly."""
@@ -1418,7 +1263,6 @@ def pretrain(model, seed, steps):
         model.zero_grad()
     model.eval()
 
-
 def build_base_model(folder, seed: int = 0, steps: int = 2200, width: int = 64) -> Path:
     """Train the embedded base model, unless the folder holds it already -> the folder, a checkpoint."""
     folder = Path(folder)
@@ -1429,16 +1273,12 @@ def build_base_model(folder, seed: int = 0, steps: int = 2200, width: int = 64) 
         save_model(model, build_tokenizer(), folder)
     return folder
 
-
 # ---- The decoder -------------------------------------------------------------------------------------------
-
 
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, **_):
     """Attend without repeating keys and values for grouped queries; transformers calls this by its name.
-
     No mask means causal: padding is on the right, where nobody looks. With one query token, the query heads
-    that share a key head become the rows of one small product. There is no dropout, as sampling has none.
-    """
+    that share a key head become the rows of one small product. There is no dropout, as sampling has none."""
     batch, heads, queries, _ = query.shape
     if attention_mask is None:
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=queries > 1, scale=scaling,
@@ -1449,16 +1289,12 @@ def grouped_attention(module, query, key, value, attention_mask, scaling=None, *
     attended = F.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
     return attended.reshape(batch, 1, heads, -1), None
 
-
 AttentionInterface.register("grouped", grouped_attention)
-
 
 class Decoder:
     """The state of cached decoding at fixed addresses: a CUDA graph captured once serves all later rollouts.
-
     It is also the cache object that transformers' modules write to. The token at position p of a sequence
-    lies in slot p of its row, so sequences of different lengths need no padding among keys and values.
-    """
+    lies in slot p of its row, so sequences of different lengths need no padding among keys and values."""
 
     def __init__(self, model, sizes, stops):
         self.sizes, (rows, length, max_completion_tokens) = sizes, sizes
@@ -1540,9 +1376,7 @@ class Decoder:
 
     def step(self, rows, length):
         """Call `decode`, on CUDA by a graph, or thousands of small kernels would wait for Python.
-
-        Rows that have ended and not yet left go on too; what they draw is cut off at the end.
-        """
+        Rows that have ended and not yet left go on too; what they draw is cut off at the end."""
         bucket = 256 if self.use_graphs else 32  # on CUDA every width is a graph of its own
         self.width = bucket * math.ceil(length / bucket)
         key = (rows, self.width, self.temperature, self.top_p)
@@ -1555,9 +1389,7 @@ class Decoder:
 
     def drop_ended(self, going, t):
         """Now and then, let rows that have ended leave -> how many rows go on; 0 when all have ended.
-
-        On CUDA every look at `done` waits for the device, and every number of rows is a graph of its own.
-        """
+        On CUDA every look at `done` waits for the device, and every number of rows is a graph of its own."""
         every, shrink = (16, 0.5) if self.use_graphs else (1, 0.9)
         if t % every:
             return going
@@ -1569,7 +1401,6 @@ class Decoder:
         for state in (*self.cache.flatten(0, 1), self.row, self.token, self.position, self.done):
             state[ended] = state[late]
         return keep if left else 0
-
 
 def decoder_for(model, rows, length, max_completion_tokens, stops):
     """Find the model's own decoder, whose graphs read its weights where they lie, or make a larger one."""
@@ -1583,9 +1414,7 @@ def decoder_for(model, rows, length, max_completion_tokens, stops):
         model.grpo_decoder = Decoder(model, sizes, stops)
     return model.grpo_decoder
 
-
 # ---- Loading models ----------------------------------------------------------------------------------------
-
 
 def pick_device(cfg):
     """Choose the device and the type of the weights on it: bfloat16 where the hardware has it."""
@@ -1600,7 +1429,6 @@ def pick_device(cfg):
             dtype = torch.bfloat16  # in it, the embedded model learns worse: it ends at .939, not .963
     return device, dtype if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
 
-
 @functools.lru_cache
 def hub_is_reachable():
     """Ask the Hugging Face hub for a sign of life; transformers alone would try for most of a minute."""
@@ -1609,7 +1437,6 @@ def hub_is_reachable():
     except Exception as error:  # a proxy may answer anything
         return isinstance(error, urllib.error.HTTPError)  # a refusal is an answer
     return True
-
 
 def load_pretrained(kind, path, field="model", **settings):
     """kind.from_pretrained of a folder or hub name. Raises InputError, which names the setting `field`."""
@@ -1623,7 +1450,6 @@ def load_pretrained(kind, path, field="model", **settings):
         raise InputError(f"{field} {path!r} cannot be loaded ({reason}); give the folder of a checkpoint or, "
                          f"with network, a name on the hub") from error
 
-
 def load_tokenizer(path, field="model"):
     """Load the tokenizer of a checkpoint. Raises InputError if there is none, or it has no end token."""
     tokenizer = load_pretrained(AutoTokenizer, path, field)
@@ -1633,20 +1459,16 @@ def load_tokenizer(path, field="model"):
         raise InputError(f"{field} {path!r} has a tokenizer without end token; set its eos_token")
     return tokenizer
 
-
 def prepare_model(model, name="given"):
     """Switch a model to `grouped_attention`. Raises InputError if it would then compute something else.
-
     This file multiplies the hidden states by the output layer, and nothing more: it knows no logits that are
-    scaled or capped, as other architectures have them, and no attention to a window.
-    """
+    scaled or capped, as other architectures have them, and no attention to a window."""
     kind, window = model.config.model_type, getattr(model.config, "sliding_window", None)
     if kind not in ("qwen2", "qwen3", "llama") or window:
         raise InputError(f"model {name!r} is a {kind}{' with a sliding window' if window else ''}, which "
                          f"this file would compute wrongly; take a Qwen2, Qwen3 or Llama checkpoint")
     model.set_attn_implementation("grouped")
     torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper it would build a plan for every new shape
-
 
 def load_model(path, device, dtype):
     """Load a Qwen2, Qwen3 or Llama checkpoint. Raises InputError for any other, and for a damaged one."""
@@ -1658,10 +1480,8 @@ def load_model(path, device, dtype):
         torch.set_num_threads(1)  # on a busy machine two took 4 to 20 times as long: they wait for each other
     return model.to(device)
 
-
 def memory_gb(model, cfg, longest_prompt):
     """Estimate what a GPU holds beside the weights -> GB of training, GB of each completion being sampled.
-
     Beside a bfloat16 weight of 2 bytes lie 18 more while it is trained: a gradient (2), the sum of gradients
     (4), the master (4), two moments (8). Beside a float32 weight lie 12. A reference model is one more copy.
     """
@@ -1676,7 +1496,6 @@ def memory_gb(model, cfg, longest_prompt):
     kept = layers * (shape.hidden_size if cfg.gradient_checkpointing else in_layer)
     activations = size * cfg.micro_batch_tokens * (kept + in_layer)
     return (model.num_parameters() * copies + activations + 16 * CHUNK) / 1e9, row / 1e9
-
 
 def fit_into_memory(cfg, model, longest_prompt):
     """Set max_rows, on a GPU, to what training leaves memory for. Raises InputError below one group."""
@@ -1694,7 +1513,6 @@ def fit_into_memory(cfg, model, longest_prompt):
                          f"({cfg.max_completion_tokens}), micro_batch_tokens ({cfg.micro_batch_tokens}) or "
                          f"group_size ({cfg.group_size}), set kl_coef 0, or take a smaller model")
     return dataclasses.replace(cfg, max_rows=min(rows, cfg.max_rows or rows))
-
 
 # ---- The grader --------------------------------------------------------------------------------------------
 # The reward is the only teacher, and the optimiser searches it for holes. So model text is never evaluated:
@@ -1715,7 +1533,6 @@ def last_boxes(text):
                 boxes.append(text[start:match.start()].strip())
     return boxes
 
-
 def extract_answer(completion: str, lenient: bool = False) -> str | None:
     """The only <answer> after the thinking, or else its boxes; lenient: any last tag, box or number."""
     final = completion.rpartition("</think>")[2]
@@ -1730,12 +1547,10 @@ def extract_answer(completion: str, lenient: bool = False) -> str | None:
     found = last_boxes(completion) or numbers or [""]
     return found[-1].rstrip(" .\n+-*/×÷(") or None
 
-
 def require(condition, reason):
     """Raise ValueError unless the condition holds: the text is no answer that can be read."""
     if not condition:
         raise ValueError(reason)
-
 
 def build(head, *args):
     """A sympy expression as it is written: simplifying a hostile one can take sympy for ever."""
@@ -1743,7 +1558,6 @@ def build(head, *args):
         return head(*args)
     require(all(isinstance(arg, (sympy.Expr, int)) for arg in args), "structures cannot be calculated with")
     return head(*args, evaluate=False)
-
 
 MP = sympy.core.evalf.mp.clone()          # sympy's numerical half, with a precision nobody else can change
 MP.prec, MAX_BITS, MAX_CHARACTERS, TOLERANCE = 1200, 1000, 300, MP.mpf(2) ** -1050
@@ -1790,7 +1604,6 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (    
 TOKEN = re.compile(r"""(?:\\?[A-Za-z]+|\d+)_(?:\{\w+\}|\w)|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d\d?(?!\d))?|"""
                    r""""[A-Za-z]+(?:\^[23])?|\\[A-Za-z]+|\\.|[A-Z][A-Za-z]+|\*\*|<=|>=|\S""")
 
-
 def tokenize(text):
     """The tokens of an answer: numbers, operators, \\commands, names, and words with a quote in front."""
     text = re.sub(r"\s", " ", text)
@@ -1799,7 +1612,6 @@ def tokenize(text):
     for pattern, replacement in REWRITES:
         text = pattern.sub(replacement, text)
     return tuple(ALIASES.get(token.lower(), token) for token in TOKEN.findall(text))
-
 
 class AnswerParser:
     """A recursive descent from tokens to a value: a sympy expression, or a tuple of a kind and its parts."""
@@ -1849,7 +1661,6 @@ class AnswerParser:
         require(token[:1].isalpha() or token[:1].isdecimal() or token.split("_")[0] in SYMBOLS, "no symbol")
         return CONSTANTS.get(token) or sympy.Symbol(token)
 
-
 def read(tokens):
     """The value of an answer, with \\pm in it a list of two readings; and its unit, all its words as one."""
     readings = []
@@ -1860,13 +1671,11 @@ def read(tokens):
         readings += value[1:] if isinstance(value, tuple) and value[0] in ",{}" else [value]
     return (",", *readings) if r"\pm" in tokens else value, "".join(sorted(parser.units))
 
-
 def is_name(value):
     """Whether it may stand before "=" without being part of the answer: x, AB, a + b, (x, y); not 2x, x^2."""
     if isinstance(value, tuple):
         return value[0] != "=" and all(map(is_name, value[1:]))
     return bool(value.free_symbols) and not value.atoms(sympy.Number)
-
 
 @functools.lru_cache(maxsize=2 ** 14)                        # a list's values are compared with one another
 def number_at(expr, point):
@@ -1882,7 +1691,6 @@ def number_at(expr, point):
     require(abs(max(sizes)) <= MAX_BITS and min(sizes) >= -3 * MAX_BITS, "too large or too small")
     return number
 
-
 def agree(a, b, up_to_factor=False):
     """Whether a = b, or a = c b for some constant c, at six random points."""
     pairs = [(number_at(a, n), number_at(b, n)) for n in range(6 if a.free_symbols | b.free_symbols else 1)]
@@ -1890,7 +1698,6 @@ def agree(a, b, up_to_factor=False):
         p, q = pairs[0]
         pairs = [(x * q, y * p) for x, y in pairs] if p and q and a.free_symbols else [(0, 1)]
     return all(x == y or abs(x - y) <= TOLERANCE * max(1, abs(x), abs(y)) < MP.inf for x, y in pairs)
-
 
 def same(a, b):
     """Whether two values are equal: structure here, algebra in `agree`."""
@@ -1908,7 +1715,6 @@ def same(a, b):
         return all(map(any, matches)) and all(map(any, zip(*matches)))
     return {kind, other} in ({kind}, {",", "()"}) and len(a) == len(b) and all(map(same, a[1:], b[1:]))
 
-
 @functools.lru_cache(maxsize=2 ** 16)                        # a group repeats its answers
 def compare(predicted, answer):
     """The outcome of reading both and comparing them: "right", "wrong", "unparsable" or "error"."""
@@ -1924,12 +1730,10 @@ def compare(predicted, answer):
     except Exception:                 # the one fence, for mistakes here or in sympy: counted, never hidden
         return "error"
 
-
 def answers_equal(predicted: str, answer: str) -> bool:
     """Whether two answers in plain text or LaTeX mean the same; never raises, and caps bound its time."""
     texts = isinstance(predicted, str) and isinstance(answer, str)
     return texts and compare(predicted[:MAX_CHARACTERS + 1], answer[:MAX_CHARACTERS + 1]) == "right"
-
 
 # ---- Countdown and programs --------------------------------------------------------------------------------
 
@@ -1942,12 +1746,10 @@ def countdown_equal(expression, numbers, target):
     right = all(answers_equal(formula, str(value)) for value in (target, stated or target))
     return right and sorted(map(int, re.findall(r"\d+", formula))) == sorted(numbers)
 
-
 def extract_program(completion):
     """The last fenced block after the thinking, without its language line."""
     parts = completion.rpartition("</think>")[2].split("```")
     return parts[-2].partition("\n")[2] if len(parts) >= 3 and len(parts) % 2 else None
-
 
 # This runs in the child. The tests and a password are read only when the program has ended, from a
 # descriptor it was not told about, and the password is printed after the last test: nothing else counts.
@@ -1967,14 +1769,11 @@ print("", password, flush=True)
 os._exit(0)
 """
 
-
 def run_tests(program, tests, time_limit_seconds=5.0):
     """Run a program, then its tests, which are assert lines -> "right", "wrong", "timeout" or "error".
-
     The child process has its own group and folder, no environment, 512 MB and 30 seconds of CPU; its group is
     killed at the end. This contains accidents and is no security boundary: for hostile code use a container
-    or virtual machine. No tests are an error, as is a child that cannot be started.
-    """
+    or virtual machine. No tests are an error, as is a child that cannot be started."""
     password = secrets.token_hex(16)
     try:
         with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
@@ -1999,26 +1798,22 @@ def run_tests(program, tests, time_limit_seconds=5.0):
         return "error"
     return ("right" if passed else "wrong") if tests else "error"
 
-
 # ---- Runs --------------------------------------------------------------------------------------------------
 
 MAY_CHANGE = ("steps", "save_every", "sample_every", "resume", "output_dir")  # when a run is resumed
 MINUTES = dict(zero=4, r1=8, distill=10)  # for the embedded models on one thread of a laptop
 show = tqdm.write  # it prints a line without breaking a progress bar
 
-
 def read_json(path):
     """Read an object from a JSON file; None if there is none that can be read."""
     with contextlib.suppress(OSError, ValueError):
         return json.loads(Path(path).read_text(encoding="utf-8"))
-
 
 def write_text(path, text):
     """Write a text file, whole or not at all."""
     temporary = Path(f"{path}.tmp")
     temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # half an emoji has no UTF-8
     os.replace(temporary, path)
-
 
 def digests(folder):
     """SHA-256 of each file of a checkpoint, by name; files.json, which keeps them, is left out."""
@@ -2028,7 +1823,6 @@ def digests(folder):
             with open(path, "rb") as file:
                 found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
-
 
 def save_model(model, tokenizer, folder, state=None):
     """Write a checkpoint (with `state`, to resume from) whole or not at all; RunError if the disk is full."""
@@ -2049,7 +1843,6 @@ def save_model(model, tokenizer, folder, state=None):
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
-
 def claim_folder(cfg):
     """Make the folder of a new run: output_dir, or the first of runs/STAGE, runs/STAGE-2, … to be free."""
     for n in itertools.count(1):
@@ -2061,12 +1854,10 @@ def claim_folder(cfg):
             if cfg.output_dir:
                 raise InputError(f"output_dir {folder} is there already; --resume goes on with it") from None
 
-
 def verifies(problem):
     """Tell whether a rule can judge a problem: by its tests, or by a reference that equals itself."""
     checked = problem.task == "code" or answers_equal(problem.answer, problem.answer)
     return checked and problem.task not in GENERAL
-
 
 def load_data(cfg):
     """Load what a stage trains on, and what it evaluates on; no problem is in both."""
@@ -2085,7 +1876,6 @@ def load_data(cfg):
         raise InputError(f"data {cfg.data!r}: stage {cfg.stage} needs more rows with a usable {field}")
     return problems, held_out
 
-
 def load_general(cfg, evaluation):
     """Load general questions, each once, with the good reply if there is a preference pair."""
     rows = load_problems(cfg.general_data, evaluation, field="general_data") if cfg.general_data else []
@@ -2093,13 +1883,10 @@ def load_general(cfg, evaluation):
         raise InputError(f"general_data {cfg.general_data!r}: every task must be helpful or harmless")
     return [*{row.question: row for row in sorted(rows, key=lambda row: bool(row.rejected))}.values()]
 
-
 class Run:
     """A stage at work: its settings, data and models, and the folder that it writes.
-
     The folder holds config.json, metrics.jsonl (a line a step), evaluations.jsonl, samples.jsonl,
-    summary.json, checkpoint/ (to resume from), best/ and final/ (ordinary transformers checkpoints).
-    """
+    summary.json, checkpoint/ (to resume from), best/ and final/ (ordinary transformers checkpoints)."""
 
     def __init__(self, cfg):
         """Take the folder. Raises InputError if another process has it."""
@@ -2262,11 +2049,9 @@ class Run:
                  f"{facts['after']['pass_at_1']:.0%} after")
         show(f"wrote {self.folder}/ in {seconds:.0f} seconds")
 
-
 TABLE = dict(pass_at_1="pass@1", interval="+-", maj_at_k="maj@k", format_rate="format", language="lang",
              mean_tokens="tokens", reflection_rate="again", judge="judge", helpful="helpful",
              harmless="no harm", seconds="seconds")  # the essentials of an evaluation, and their titles
-
 
 @contextlib.contextmanager
 def finishing_steps():
@@ -2288,7 +2073,6 @@ def finishing_steps():
     if noted:
         raise KeyboardInterrupt(noted[0])
 
-
 LEGEND = """Each line is a step. reward: its mean; right, format: shares; tokens: mean length; cut: share
 without end; again: share with a word like wait; flat: groups with all rewards equal, which teach nothing;
 kl: distance from the reference, nats a token; clip: tokens whose gradient is cut; entropy: nats; s: time"""
@@ -2296,7 +2080,6 @@ TITLES = " step reward  right format tokens  cut again flat     kl  clip entropy
 STEP = ("{step:5} {reward:6.2f} {accuracy:6.1%} {format:6.1%} {mean_tokens:6.1f} {truncated:4.0%} "
         "{reflection:5.0%} {flat_groups:4.0%} {kl:6.4f} {clipped:5.1%} {entropy:7.2f} "
         "{step_seconds:5.1f}")
-
 
 def doctor(history):
     """Say in words what looks wrong in the metrics of a run so far, in its last step above all."""
@@ -2316,16 +2099,13 @@ def doctor(history):
         "many answers could not be read as answers": unread > 0.2 * sum(m["outcomes"].values())}
     return [sentence for sentence, holds in findings.items() if holds]
 
-
 def sparkline(values):
     """A curve as one line of at most 50 characters; of more values, every second or third … is drawn."""
     drawn = values[:: math.ceil(len(values) / 50)]
     low, high = min(drawn), max(drawn)
     return "".join("▁▂▃▄▅▆▇█"[int(7.99 * (value - low) / (high - low or 1))] for value in drawn)
 
-
 # ---- Stages that do one thing ------------------------------------------------------------------------------
-
 
 def sft(run):
     """Supervised training on the completions in --data: cold start, rejection sampling's, a teacher's."""
@@ -2335,7 +2115,6 @@ def sft(run):
     show(f"loss      {losses[0]:.3f} in the first update, {losses[-1]:.3f} in the last of {len(losses)}")
     run.save_model("final")
     run.facts.update(first_loss=losses[0], last_loss=losses[-1], after=run.evaluate(len(losses)))
-
 
 def reward_model(run):
     """A reward model from the preference pairs in --data [R1 2.3.4]; --model is what it starts from."""
@@ -2347,7 +2126,6 @@ def reward_model(run):
     show(f"judge     scores the better reply higher in {accuracy:.1%} of {len(chosen)} held-out pairs")
     run.save_model("final")
     run.facts.update(first_loss=losses[0], last_loss=losses[-1], held_out_accuracy=accuracy)
-
 
 def sample(run):
     """Sample from --model right completions [R1 2.3.3] or, with general_data, preference pairs [R1 2.3.4]."""
@@ -2363,7 +2141,6 @@ def sample(run):
     show(f"examples  {len(examples):,}, of {faults.total():,} completions: {dict(faults)}")
     run.facts["faults"] = dict(faults)
 
-
 def evaluation(run):
     """Evaluation [R1 3] of any checkpoint on any data: of a file, the first eval_problems."""
     run.prepare()
@@ -2371,10 +2148,8 @@ def evaluation(run):
     run.facts["before"] = run.evaluate(0, samples)
     run.log("samples.jsonl", *samples)
 
-
 STAGES = {"zero": r1_zero, "sft": sft, "reward": reward_model, "sample": sample, "eval": evaluation, "r1": r1,
           "distill": distill}
-
 
 # ---- Command line ------------------------------------------------------------------------------------------
 
@@ -2382,11 +2157,9 @@ GROUPS = dict(stage="what runs", template="prompts", cold_start="R1's stages and
               prompts_per_step="sampling", format_weight="rewards", sft_epochs="supervised training",
               micro_batch_tokens="memory", eval_every="evaluation")  # by their first setting
 
-
 def refuse(message):
     """Raise InputError for what the command line cannot use."""
     raise InputError(f"{message}; python grpo.py --help explains every setting")
-
 
 def build_parser():
     """Make a parser of Config: each field is a flag, in the group that it stands in."""
@@ -2409,7 +2182,6 @@ def build_parser():
         group.add_argument(f"--{f.name}", help=told, **words)
     return parser
 
-
 def parse_args(argv):
     """Read the command line: what was typed, over the model's preset or the settings of a run to resume."""
     typed = vars(build_parser().parse_args(argv))
@@ -2427,7 +2199,6 @@ def parse_args(argv):
     if changed:
         raise InputError(f"{folder} holds a run, but {', '.join(changed)}; start a new run instead")
     return dataclasses.replace(cfg, **typed)
-
 
 def carry_out(run):
     """Carry out a run from its first sentence to its summary; if it fails too early, its folder goes."""
@@ -2450,7 +2221,6 @@ def carry_out(run):
         raise
     finally:
         run.lock.close()
-
 
 def main(argv=None):
     """Run the command line -> 0, 1 (it cannot go on), 2 (bad input), 130 or 143 (stopped)."""
@@ -2476,7 +2246,6 @@ def main(argv=None):
         told = f"stopped: {error}"
     print(f"grpo.py: {told}", file=sys.stderr)
     return status
-
 
 if __name__ == "__main__":
     sys.exit(main())
