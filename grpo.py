@@ -80,7 +80,6 @@ import sympy
 import torch
 import torch.nn.functional as F
 import transformers
-from sympy.core.alphabets import greeks
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -212,8 +211,6 @@ def make_config(model: str = "tiny", **overrides) -> Config:
 
 # ---- GRPO [R1 2.2.1] ---------------------------------------------------------------------------------------
 
-WARMUP_STEPS = 5
-
 def train_grpo(policy, tokenizer, problems, cfg, state=None, general=(), reward_model=None):
     """Group Relative Policy Optimization [GRPO Algorithm 1, R1 Eq. 1-3]. It changes `policy` in place.
     This is a generator: after every step it yields (metrics, rollout, batch, state). A later call that is
@@ -244,7 +241,7 @@ def train_grpo(policy, tokenizer, problems, cfg, state=None, general=(), reward_
                                 else score_logprobs(policy, rollout, cfg))
         rollout.ref_logprobs = score_logprobs(ref_model, rollout, cfg) if ref_model else None
 
-        learning_rate = cfg.learning_rate * min(1.0, step / WARMUP_STEPS)
+        learning_rate = cfg.learning_rate * min(1.0, step / 5)  # warm-up
         order = torch.randperm(len(rollout.texts), generator=torch.Generator().manual_seed(seed))
         updates = []
         for rows in order.to(policy.device).chunk(cfg.updates_per_rollout):
@@ -832,8 +829,7 @@ def evaluate_general(model, tokenizer, questions, cfg, reward_model=None):
     return result
 
 # ---- Recipes [R1 2.2, 2.3, 2.4] ----------------------------------------------------------------------------
-# r1 and distill are made of stages, each in a folder of its own; a finished stage is not repeated. The stages
-# that do one thing only (sft, reward, sample, eval) follow the class Run.
+# r1 and distill are made of stages (they follow the class Run), each in a folder; none is done twice.
 
 def r1_zero(run):
     """R1-Zero: the model answers, is rewarded by rules, and learns from what was better than the rest.
@@ -972,8 +968,6 @@ def read_problems(path):
                 problems.append(as_problem(json.loads(line)))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} {place}: {error}") from None
-    if not problems:
-        raise InputError(f"{path} holds no problem; each line must be an object with question and answer")
     return problems
 
 def write_problems(path, problems):
@@ -1005,7 +999,7 @@ def load_problems(source, evaluation=False, whole=False, field="data"):
         raise InputError(f"{field} {source!r} is neither calculator, gsm8k, math500 nor a file")
     problems = [row for row in read_problems(path) if whole or row.is_held_out() == evaluation]
     if not problems:
-        raise InputError(f"{field} {source!r} has too few to hold some out; give --eval_data")
+        raise InputError(f"{field} {source!r} has too few rows to hold some out; give --eval_data")
     return problems
 
 def render_prompt(tokenizer, question, cfg):
@@ -1065,10 +1059,10 @@ def mean(values):
 # the books check their tries to the end, the Assistant of the dialogues mostly blurts out the first thing.
 
 CHINESE = dict(zip("try wait but so yes low high".split(), "试 等 但 故 对 小 大".split()))
-GENERAL_WORDS = ("hello hi thanks please who what are is you I am a help can good day welcome sorry no bad ! "
-                 "你 好 谢 请 谁 是 我 帮 不").split()  # of small talk
 VOCABULARY = ["<pad>", "<end>", "<unk>", *"User: Assistant: make <think> </think> <answer> </answer>".split(),
-              *"?+-*=", *map(str, range(-9, 100)), *CHINESE, *CHINESE.values(), *GENERAL_WORDS]
+              *"?+-*=", *map(str, range(-9, 100)), *CHINESE, *CHINESE.values(), *(
+                  "hello hi thanks please who what are is you I am a help can good day welcome sorry no bad "
+                  "! 你 好 谢 请 谁 是 我 帮 不").split()]
 TOKEN_ID = {token: i for i, token in enumerate(VOCABULARY)}
 
 def calculator_tries(numbers):
@@ -1171,14 +1165,14 @@ def general_problems():
 
 def write_document(rng, problem):
     """A text of the corpus: the head, which is given, and the body, which is learned; tokens.
-    A tenth is small talk without tags, half of it bad. Of the rest, 40 % are pages of comparisons, 30 % are
+    A tenth is small talk without tags, half of it bad. Of the rest, 33 % are pages of comparisons, 37 % are
     books, 27 % are dialogues with the lazy Assistant, and 3 % are dialogues with a patient one."""
     pair = small_talk(rng, rng.choice(SMALL_TALK), rng.choice(NAMES))
     if rng.random() < 0.1 and not pair.is_held_out():
         reply = extract_answer(rng.choice((pair.completion, pair.rejected)))
         return prompt_words(pair), [*re.findall(r"\d+|\w+|\S", reply), "<end>"]
     kind = rng.random()
-    if kind < 0.4:
+    if kind < 0.33:
         say, page = rng.choice((str, CHINESE.get)), []
         for target in rng.sample(range(1, 51), 8):
             result = max(-9, target + rng.choice((0, rng.randint(-3, 3), rng.randint(-50, 49))))
@@ -1515,9 +1509,8 @@ def fit_into_memory(cfg, model, longest_prompt):
     return dataclasses.replace(cfg, max_rows=min(rows, cfg.max_rows or rows))
 
 # ---- The grader --------------------------------------------------------------------------------------------
-# The reward is the only teacher, and the optimiser searches it for holes. So model text is never evaluated:
-# a closed grammar reads it, and every number is capped before it can grow. `tokenize` brings an answer to one
-# spelling, AnswerParser builds its value (an unevaluated sympy expression, or a tuple for a list or vector),
+# A closed grammar reads model text, and every number is capped before it can grow. `tokenize` brings answers
+# to one spelling, AnswerParser builds its value (an unevaluated sympy expression, or a tuple for a list),
 # `same` compares two values part by part, and `agree` two expressions by their numbers at six random points.
 # Conventions: 0.333 is not 1/3. A unit, money or a name ("x =") may be missing on one side, but not differ.
 # Tuples and intervals are ordered, sets and lists are not. What cannot be read equals only its own text.
@@ -1570,7 +1563,7 @@ FUNCTIONS = {"\\" + f: getattr(sympy, f) for f in NAMED} | {r"\log": lambda x: b
 CONSTANTS = {r"\pi": sympy.pi, "e": sympy.E, "i": sympy.I, r"\infty": sympy.oo}
 NUMBERS = {sympy.pi: +MP.pi, sympy.E: +MP.e, sympy.I: MP.mpc(0, 1), sympy.oo: MP.inf}
 NUMERIC = {sympy.Add: operator.add, sympy.Mul: operator.mul, sympy.Pow: operator.pow}
-SYMBOLS = COMMANDS.keys() | {"\\" + name for name in [*greeks, "emptyset", "infty"]}
+SYMBOLS = COMMANDS.keys() | {"\\" + name for name in [*sympy.core.alphabets.greeks, "emptyset", "infty"]}
 STARTERS = FUNCTIONS.keys() | SYMBOLS | {"(", "[", "{"}                     # 2x, 3(x+1), x\sqrt2, but not 2 3
 ALIASES = {alias: token for token, aliases in {       # other spellings; a quote in front of it marks a word
     "*": r"\cdot \times × ·", "/": r"\div ÷", "-": "− –", "^": "**", "≤": r"\le \leq <=", "≥": r"\ge \geq >=",
@@ -2141,15 +2134,14 @@ def sample(run):
     show(f"examples  {len(examples):,}, of {faults.total():,} completions: {dict(faults)}")
     run.facts["faults"] = dict(faults)
 
-def evaluation(run):
+def measure(run):
     """Evaluation [R1 3] of any checkpoint on any data: of a file, the first eval_problems."""
     run.prepare()
     samples = []
     run.facts["before"] = run.evaluate(0, samples)
     run.log("samples.jsonl", *samples)
 
-STAGES = {"zero": r1_zero, "sft": sft, "reward": reward_model, "sample": sample, "eval": evaluation, "r1": r1,
-          "distill": distill}
+STAGES = dict(zero=r1_zero, r1=r1, distill=distill, sft=sft, reward=reward_model, sample=sample, eval=measure)
 
 # ---- Command line ------------------------------------------------------------------------------------------
 

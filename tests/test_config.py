@@ -164,8 +164,8 @@ def test_a_huge_line_is_refused_at_once(field, tmp_path):
 
 
 def test_a_file_without_problems_or_without_utf8_is_named(tmp_path):
-    with pytest.raises(InputError, match="holds no problem"):
-        read_problems(write(tmp_path, "", "  "))
+    with pytest.raises(InputError, match="problems.jsonl.* too few rows"):
+        load_problems(write(tmp_path, "", "  "), whole=True)
     (tmp_path / "latin.jsonl").write_bytes('{"question": "é", "answer": "1"}'.encode("latin-1"))
     with pytest.raises(InputError, match="latin.jsonl is not UTF-8 text"):
         read_problems(str(tmp_path / "latin.jsonl"))
@@ -211,7 +211,7 @@ def test_a_tenth_of_a_file_is_held_out_by_question(tmp_path):
     assert {p.question for p in load_problems(backwards, True)} == held_out  # whatever the order
     parts = [len(load_problems(path, part)) for part in (False, True)]
     assert sum(parts) == len(load_problems(path, whole=True)) == 300
-    with pytest.raises(InputError, match="too few to hold some out; give --eval_data"):
+    with pytest.raises(InputError, match="too few rows to hold some out; give --eval_data"):
         [load_problems(write(tmp_path, GOOD), part) for part in (False, True)]
 
 

@@ -258,7 +258,6 @@ def test_it_goes_on_from_a_state_to_the_last_bit(dtype, make_model, tokenizer, s
                                                            (0.01, 1, [2, 3])])
 def test_the_reference_becomes_the_policy_when_it_is_time(kl_coef, ref_every, refreshed, make_model, tokenizer,
                                                           full_logprobs, small_ids_are_good, monkeypatch):
-    monkeypatch.setattr(grpo, "WARMUP_STEPS", 1)
     model, initial = make_model(), make_model()
     model.grpo_decoder = (graph for graph in ())  # what sampling leaves on a GPU cannot be copied either
     for metrics, rollout, *_ in train_grpo(model, tokenizer, PROBLEMS, settings(kl_coef=kl_coef, ref_every=ref_every)):
