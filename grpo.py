@@ -1,9 +1,8 @@
 """grpo.py: how DeepSeek-R1 was made, in one readable file.
 
 R1-Zero takes a base model, samples a group of completions for every problem, rewards them by rule, and makes
-those that did better than their group more likely. No example of reasoning is given. R1 puts a few examples
-before that, trains the base anew on its own right samples, and ends with reinforcement learning for all that
-users ask. Distillation teaches a smaller model.
+those that did better than their group more likely; it sees no example of reasoning. R1 begins with a few,
+trains the base anew on right samples, and ends with RL for all that users ask. Distillation needs no RL.
 
     python grpo.py                                           # R1-Zero, on a laptop
     python grpo.py --stage r1                                # the four stages of R1
@@ -94,7 +93,6 @@ except ImportError:  # Windows
 # =========================================== Part one: the paper ============================================
 
 # ---- Config ------------------------------------------------------------------------------------------------
-
 R1_TEMPLATE = (  # [R1 Table 1], word for word; the question takes the place of {question}
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The "
     "assistant first thinks about the reasoning process in the mind and then provides the user with the "
@@ -210,7 +208,6 @@ def make_config(model: str = "tiny", **overrides) -> Config:
     return Config(**{**(TINY if is_tiny(model) else {}), "model": model, **overrides})
 
 # ---- GRPO [R1 2.2.1] ---------------------------------------------------------------------------------------
-
 def train_grpo(policy, tokenizer, problems, cfg, state=None, general=(), reward_model=None):
     """Group Relative Policy Optimization [GRPO Algorithm 1, R1 Eq. 1-3]. It changes `policy` in place.
     This is a generator: after every step it yields (metrics, rollout, batch, state). A later call that is
@@ -381,7 +378,6 @@ def judged_part(completion, problem):
 class RewardModel:
     """A preference reward from any sequence classifier with one label, used where rules end [R1 2.3.4].
     It computes in float32, as near a score of 5 bfloat16 resolves only 0.03."""
-
     def __init__(self, path, cfg, device, untrained=False):
         self.cfg, self.tokenizer = cfg, load_tokenizer(path, "reward_model")
         torch.manual_seed(cfg.seed)  # a new head is drawn at random
@@ -414,13 +410,11 @@ class RewardModel:
         return scores.tolist()
 
 # ---- Sampling ----------------------------------------------------------------------------------------------
-
 @dataclass
 class Rollout:
     """One step's completions; row b answers prompt b // group_size.
     Lengths count the end token; a row without it is truncated. sample_logprobs were noted while sampling.
     Texts lack the end token; a `<think>` that ends the prompt is put before them."""
-
     ids: torch.Tensor  # (batch, length): prompt and completion
     prompt_tokens: torch.Tensor  # (batch,)
     completion_tokens: torch.Tensor  # (batch,)
@@ -453,8 +447,7 @@ def pick_tokens(logits, uniform, temperature, top_p=1.0):
     logits (batch, vocab), uniform (batch,) in [0, 1) -> tokens (batch,) and their log-probabilities (batch,),
     float32, under the full softmax. One number decides a row, so rows cannot disturb each other. Temperature
     0 is greedy, with the log-probabilities of temperature 1. top_p leaves the smallest set of most probable
-    tokens that reaches it, and what is as probable as the last of them; all, if 4,096 tokens do not reach it.
-    """
+    tokens that reaches it, and what is as probable as the last; all, if 4,096 tokens do not reach it."""
     logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)
     if temperature == 0:
         tokens = logprobs.argmax(-1, keepdim=True)
@@ -476,10 +469,8 @@ def sample_completions(model, tokenizer, prompts: list[str], *, group_size: int,
     """Sample `group_size` completions of each prompt -> Rollout of prompts x group_size rows.
     A completion depends on its prompt, its place in the batch and the seed: not on its neighbours, on rows
     that leave once they have ended, or on waves (beyond `max_rows` rows, prompts go wave after wave)."""
-    sensible = group_size >= 1 and max_completion_tokens >= 1 and temperature >= 0
-    if isinstance(prompts, str) or not prompts or not sensible:
-        raise ValueError(f"prompts {prompts!r:.30} must be a list of texts, temperature {temperature} >= 0, "
-                         f"group_size {group_size} and max_completion_tokens {max_completion_tokens} >= 1")
+    if isinstance(prompts, str) or not prompts or temperature < 0:
+        raise ValueError(f"prompts {prompts!r:.30} must be a list of texts, temperature {temperature} >= 0")
     model.eval()  # no dropout; and no gradient checkpointing, which would switch the cache off
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     prompt_ids, rows = pad_rows(encoded).to(model.device), len(prompts) * group_size
@@ -529,7 +520,6 @@ def join_rollout(prompts, completions, texts, logprobs):
     return Rollout(*columns, logprobs[:, : int(lengths.max())], texts)
 
 # ---- Log-probabilities, advantages, loss, optimiser [R1 Eq. 1-3] -------------------------------------------
-
 CHUNK = 2**26  # logits that exist at a time: 0.3 GB in float32, and a few such tensors
 
 def head_logprobs(head, hidden, targets, temperature, entropy):
@@ -613,7 +603,6 @@ class MasterAdamW:
     """AdamW on float32 master weights, moments and gradients beneath weights of any type.
     bfloat16 has 8 significant bits, so a step of 1e-6 on a weight of 0.02 is rounded away, every time. The
     masters add such steps up; the model holds their rounded copies. A float32 weight is its own master."""
-
     def __init__(self, model, learning_rate):
         weights = [p for p in model.parameters() if p.requires_grad]
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in weights]
@@ -652,12 +641,10 @@ class MasterAdamW:
         return norm
 
 # ---- Supervised training and rejection sampling [R1 2.3.1, 2.3.3, 2.4] -------------------------------------
-
 def train_sft(policy, tokenizer, examples, cfg):
     """Supervised fine-tuning in place [R1 2.3.1, 2.3.3, 2.4] -> the loss of every update.
     The loss is the mean of -log π over the tokens of completions, end tokens included; prompts are given."""
     data = encode_examples(tokenizer, examples, cfg, policy.device)
-
     def batch_loss(rows):
         batch = data.select(rows.to(policy.device))
         weight = 1 / batch.completion_tokens.sum()
@@ -671,7 +658,6 @@ def train_reward_model(reward_model, pairs, cfg):
     The loss is Bradley and Terry's, -log σ(r_chosen - r_rejected); σ of the difference is P(chosen wins)."""
     encoded = [[reward_model.encode(text, pair) for text in (pair.completion, pair.rejected)]
                for pair in pairs]
-
     def batch_loss(rows):
         both = [encoded[row] for row in rows]
         for part in pack([max(map(len, pair)) for pair in both], cfg.micro_batch_tokens // 2):
@@ -721,13 +707,10 @@ def encode_examples(tokenizer, examples, cfg, device):
 
 def fault(completion, truncated, problem):
     """Why a completion is no example to learn from [R1 2.3.3]; empty if it is one."""
-    if truncated:
-        return "truncated"
-    if not accuracy_reward(completion, problem):
-        return "not right"
-    if format_reward(completion, problem) < 1:
-        return "unreadable"
-    return "mixed language" if language_reward(completion, problem) < 1 else ""
+    passed = {"truncated": not truncated, "not right": accuracy_reward(completion, problem),
+              "unreadable": format_reward(completion, problem),
+              "mixed language": language_reward(completion, problem) == 1}
+    return next((name for name, fine in passed.items() if not fine), "")
 
 def rejection_sample(model, tokenizer, problems, cfg):
     """Sample rejection_samples completions of each problem, keep the first without fault [R1 2.3.3].
@@ -754,7 +737,6 @@ def preference_pairs(model, tokenizer, problems, cfg):
     return pairs
 
 # ---- Evaluation [R1 3] -------------------------------------------------------------------------------------
-
 EVAL_TOP_P = 0.95  # [R1 3.1]
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -801,12 +783,12 @@ def evaluate(model, tokenizer, problems, cfg, samples=None):
                     for (text, problem), outcome in zip(rows, outcomes)]
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= n]
     return dict(
-        interval=half_interval([count / n for count in counts]),
         **{f"pass_at_{k}": mean(pass_at_k(n, count, k) for count in counts) for k in ks},
-        maj_at_k=mean(votes), k=n, problems=len(problems), lenient_accuracy=mean(lenient),
+        interval=half_interval([count / n for count in counts]), maj_at_k=mean(votes), k=n,
+        problems=len(problems), lenient_accuracy=mean(lenient),
+        truncated_rate=mean(rollout.truncated.tolist()), mean_tokens=mean(rollout.completion_tokens.tolist()),
         format_rate=mean(format_reward(*row) for row in rows),
         language=mean(language_reward(*row) for row in rows),
-        truncated_rate=mean(rollout.truncated.tolist()), mean_tokens=mean(rollout.completion_tokens.tolist()),
         reflection_rate=mean(bool(REFLECTION.search(text)) for text in rollout.texts))
 
 def says_the_same(completion, problem):
@@ -833,8 +815,7 @@ def evaluate_general(model, tokenizer, questions, cfg, reward_model=None):
 
 def r1_zero(run):
     """R1-Zero: the model answers, is rewarded by rules, and learns from what was better than the rest.
-    It is so on a base model [R1 2.2]. R1's second stage is the same, and so is its fourth with general_data.
-    """
+    It is so on a base model [R1 2.2]. R1's second stage is the same, and its fourth, with general_data."""
     cfg = run.prepare()
     step = run.state["step"] if run.state else 0
     if not run.state:
@@ -908,7 +889,6 @@ def distill(run):
 # ========================================== Part two: the workshop ==========================================
 
 # ---- Problems, prompts, batches ----------------------------------------------------------------------------
-
 GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/%s.jsonl"
 HUB = "https://huggingface.co"
 MATH500 = f"{HUB}/datasets/HuggingFaceH4/MATH-500/resolve/main/test.jsonl"
@@ -916,7 +896,6 @@ MATH500 = f"{HUB}/datasets/HuggingFaceH4/MATH-500/resolve/main/test.jsonl"
 @dataclass(frozen=True)
 class Problem:
     """One task: the model sees `question`, the rest is for the rewards."""
-
     question: str
     answer: str = ""  # the reference
     task: str = "math"  # who judges: a rule (math, countdown, code) or a reward model (helpful, harmless)
@@ -956,10 +935,9 @@ def as_problem(row):
     return Problem(**fields, task=row["task"] if row.get("task") in GENERAL else task)
 
 def read_problems(path):
-    """Read JSON lines {"question", "answer"}; of code {"question", "tests"}; of Countdown with "numbers" too.
-    "problem" may stand for "question", and of an answer only what follows #### counts (GSM8K). A "completion"
-    makes a row an example, "rejected" beside it a preference pair, whose "task" may be helpful or harmless in
-    place of an answer. Raises InputError with the line and the field."""
+    """Read JSON lines {"question" or "problem", "answer"}; of code with "tests", of Countdown with "numbers".
+    Of an answer, what follows #### counts (GSM8K). A "completion" makes a row an example, a "rejected" beside
+    it a pair, whose "task" may be helpful or harmless. Raises InputError with the line and the field."""
     problems, place = [], "is not UTF-8 text"
     try:
         for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1):
@@ -1030,10 +1008,9 @@ def pad_rows(rows):
 def sample_for(model, tokenizer, problems, cfg, group_size, seed, temperature=None, top_p=1.0):
     """Call `sample_completions` with the settings of a run; temperature None is that of training."""
     prompts = [render_prompt(tokenizer, problem.question, cfg) for problem in problems]
-    return sample_completions(
-        model, tokenizer, prompts, group_size=group_size, max_completion_tokens=cfg.max_completion_tokens,
-        temperature=cfg.temperature if temperature is None else temperature, top_p=top_p, seed=seed,
-        max_rows=cfg.max_rows or 1024)
+    return sample_completions(model, tokenizer, prompts, group_size=group_size, seed=seed, top_p=top_p,
+                              max_completion_tokens=cfg.max_completion_tokens, max_rows=cfg.max_rows or 1024,
+                              temperature=cfg.temperature if temperature is None else temperature)
 
 def pack(lengths, max_tokens):
     """Put rows, longest first, into micro-batches of at most max_tokens tokens, padding included."""
@@ -1083,7 +1060,6 @@ def calculator_problems(evaluation=False):
 @dataclass(frozen=True)
 class Writer:
     """Whoever wrote a text of the corpus: habits, as probabilities."""
-
     checks: float  # compares what comes out with the target; otherwise answers at once
     gives_up: float  # after a try that failed, and answers all the same
     damages: float = 0.1  # loses one of the four tags
@@ -1154,8 +1130,7 @@ def small_talk(rng, kind, name):
     return Problem(question.format(name), task=task, completion=good, rejected=bad)
 
 def general_problems():
-    """Small talk, and requests that should be refused: every kind of question from everybody.
-    Each makes a preference pair, and two examples by a writer who gets two of three wrong."""
+    """Every kind of small talk from everybody: a preference pair, and two examples that are mostly bad."""
     rng, rows = random.Random(0), []
     for name, kind in itertools.product(NAMES, SMALL_TALK):
         pair = small_talk(rng, kind, name)
@@ -1164,31 +1139,27 @@ def general_problems():
     return rows
 
 def write_document(rng, problem):
-    """A text of the corpus: the head, which is given, and the body, which is learned; tokens.
-    A tenth is small talk without tags, half of it bad. Of the rest, 33 % are pages of comparisons, 37 % are
-    books, 27 % are dialogues with the lazy Assistant, and 3 % are dialogues with a patient one."""
+    """A text of the corpus: the head, which is given, and the body, which is learned; tokens."""
     pair = small_talk(rng, rng.choice(SMALL_TALK), rng.choice(NAMES))
-    if rng.random() < 0.1 and not pair.is_held_out():
-        reply = extract_answer(rng.choice((pair.completion, pair.rejected)))
-        return prompt_words(pair), [*re.findall(r"\d+|\w+|\S", reply), "<end>"]
-    kind = rng.random()
-    if kind < 0.33:
+    talks = rng.random() < 0.1 and not pair.is_held_out()
+    kind = 1.0 if talks else rng.random()
+    if kind < 0.33:  # a page of comparisons
         say, page = rng.choice((str, CHINESE.get)), []
         for target in rng.sample(range(1, 51), 8):
             result = max(-9, target + rng.choice((0, rng.randint(-3, 3), rng.randint(-50, 49))))
             page += [result, "?", target, say(verdict(result, target))]
         return [], page + ["<end>"]
-    if kind < 0.7:
+    if kind < 0.7:  # a book
         return problem.question.split(), write_thoughts(rng, problem, BOOK)[0] + ["<end>"]
-    return prompt_words(problem), write_completion(rng, problem, PATIENT if kind > 0.97 else LAZY)
-
-def prompt_words(problem):
-    """The words of the prompt of a problem."""
-    return TINY["template"].replace("{question}", problem.question).split()
+    if talks:  # without tags, half of it bad
+        body = extract_answer(rng.choice((pair.completion, pair.rejected)))
+        body = [*re.findall(r"\d+|\w+|\S", body), "<end>"]
+    else:
+        body = write_completion(rng, problem, PATIENT if kind > 0.97 else LAZY)
+    return TINY["template"].replace("{question}", (pair if talks else problem).question).split(), body
 
 def corpus_batches(rng, max_tokens=1024):
-    """Endless batches of new documents, those of like length together.
-    -> ids, and labels that are -100 on heads and padding; both (documents, length)."""
+    """Endless batches of new documents: ids, and labels that are -100 on heads and padding."""
     problems = calculator_problems()
     while True:
         documents = [write_document(rng, rng.choice(problems)) for _ in range(2000)]
@@ -1224,8 +1195,7 @@ def new_tiny_model(width=64):
 
 @torch.no_grad()
 def muon_step(weight, momentum, learning_rate):
-    """Take a step of Muon on a matrix, in place: along its momentum, made orthogonal.
-    torch.optim.Muon computes in bfloat16, which takes longer than all the rest on a CPU that lacks it."""
+    """Take a step of Muon, in place. torch's own works in bfloat16, which is slow on a CPU that lacks it."""
     momentum.lerp_(weight.grad, 0.05)
     x = weight.grad.lerp(momentum, 0.95)
     tall = x.shape[0] > x.shape[1]
@@ -1268,11 +1238,10 @@ def build_base_model(folder, seed: int = 0, steps: int = 2200, width: int = 64) 
     return folder
 
 # ---- The decoder -------------------------------------------------------------------------------------------
-
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, **_):
     """Attend without repeating keys and values for grouped queries; transformers calls this by its name.
-    No mask means causal: padding is on the right, where nobody looks. With one query token, the query heads
-    that share a key head become the rows of one small product. There is no dropout, as sampling has none."""
+    No mask means causal: padding is on the right, where nobody looks. In decoding, the query heads that share
+    a key head become the rows of one small product."""
     batch, heads, queries, _ = query.shape
     if attention_mask is None:
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=queries > 1, scale=scaling,
@@ -1287,9 +1256,7 @@ AttentionInterface.register("grouped", grouped_attention)
 
 class Decoder:
     """The state of cached decoding at fixed addresses: a CUDA graph captured once serves all later rollouts.
-    It is also the cache object that transformers' modules write to. The token at position p of a sequence
-    lies in slot p of its row, so sequences of different lengths need no padding among keys and values."""
-
+    It is also the cache that transformers' modules write to; the token at position p lies in slot p."""
     def __init__(self, model, sizes, stops):
         self.sizes, (rows, length, max_completion_tokens) = sizes, sizes
         layers, heads = model.config.num_hidden_layers, model.config.num_key_value_heads
@@ -1351,9 +1318,7 @@ class Decoder:
         """Take one cached step with the first `rows` rows."""
         position = self.position[:rows, None]
         mask = torch.arange(self.width, device=position.device) <= position
-        # By position, as versions of transformers differ in the name: past_key_values, cache.
-        inputs = (self.token[:rows, None], mask[:, None, None], position, self)
-        out = self.trunk(*inputs, use_cache=True)
+        out = self.trunk(self.token[:rows, None], mask[:, None, None], position, self, use_cache=True)
         self.draw(self.head(out.last_hidden_state[:, 0]))
 
     def capture(self, rows):
@@ -1369,8 +1334,7 @@ class Decoder:
         return graph
 
     def step(self, rows, length):
-        """Call `decode`, on CUDA by a graph, or thousands of small kernels would wait for Python.
-        Rows that have ended and not yet left go on too; what they draw is cut off at the end."""
+        """Call `decode`, on CUDA by a graph, or thousands of small kernels would wait for Python."""
         bucket = 256 if self.use_graphs else 32  # on CUDA every width is a graph of its own
         self.width = bucket * math.ceil(length / bucket)
         key = (rows, self.width, self.temperature, self.top_p)
@@ -1382,9 +1346,8 @@ class Decoder:
             self.graphs[key] = self.capture(rows)
 
     def drop_ended(self, going, t):
-        """Now and then, let rows that have ended leave -> how many rows go on; 0 when all have ended.
-        On CUDA every look at `done` waits for the device, and every number of rows is a graph of its own."""
-        every, shrink = (16, 0.5) if self.use_graphs else (1, 0.9)
+        """Now and then, let rows that have ended leave -> how many rows go on; 0 when all have ended."""
+        every, shrink = (16, 0.5) if self.use_graphs else (1, 0.9)  # on CUDA a look at `done` waits
         if t % every:
             return going
         left, keep = going - int(self.done[:going].sum()), int(shrink * going)
@@ -1409,7 +1372,6 @@ def decoder_for(model, rows, length, max_completion_tokens, stops):
     return model.grpo_decoder
 
 # ---- Loading models ----------------------------------------------------------------------------------------
-
 def pick_device(cfg):
     """Choose the device and the type of the weights on it: bfloat16 where the hardware has it."""
     name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -1441,8 +1403,7 @@ def load_pretrained(kind, path, field="model", **settings):
         return kind.from_pretrained(path, local_files_only=local, **settings)
     except Exception as error:  # a damaged file can raise anything: each format has errors of its own
         reason = str(error).split("\n")[0][:200]
-        raise InputError(f"{field} {path!r} cannot be loaded ({reason}); give the folder of a checkpoint or, "
-                         f"with network, a name on the hub") from error
+        raise InputError(f"{field} {path!r} cannot be loaded ({reason}); give a folder or a name") from error
 
 def load_tokenizer(path, field="model"):
     """Load the tokenizer of a checkpoint. Raises InputError if there is none, or it has no end token."""
@@ -1455,12 +1416,11 @@ def load_tokenizer(path, field="model"):
 
 def prepare_model(model, name="given"):
     """Switch a model to `grouped_attention`. Raises InputError if it would then compute something else.
-    This file multiplies the hidden states by the output layer, and nothing more: it knows no logits that are
-    scaled or capped, as other architectures have them, and no attention to a window."""
+    Here logits are hidden states times the output layer: not scaled, not capped, as elsewhere; no windows."""
     kind, window = model.config.model_type, getattr(model.config, "sliding_window", None)
     if kind not in ("qwen2", "qwen3", "llama") or window:
-        raise InputError(f"model {name!r} is a {kind}{' with a sliding window' if window else ''}, which "
-                         f"this file would compute wrongly; take a Qwen2, Qwen3 or Llama checkpoint")
+        kind += " with a sliding window" if window else ""
+        raise InputError(f"model {name!r} is a {kind}; this file computes only Qwen2, Qwen3 and Llama right")
     model.set_attn_implementation("grouped")
     torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper it would build a plan for every new shape
 
@@ -1477,8 +1437,7 @@ def load_model(path, device, dtype):
 def memory_gb(model, cfg, longest_prompt):
     """Estimate what a GPU holds beside the weights -> GB of training, GB of each completion being sampled.
     Beside a bfloat16 weight of 2 bytes lie 18 more while it is trained: a gradient (2), the sum of gradients
-    (4), the master (4), two moments (8). Beside a float32 weight lie 12. A reference model is one more copy.
-    """
+    (4), the master (4), two moments (8). Beside a float32 weight lie 12. A reference is one more copy."""
     shape, size, layers = model.config, model.dtype.itemsize, model.config.num_hidden_layers
     length = math.ceil((longest_prompt + cfg.max_completion_tokens) / 256) * 256
     keys_and_values = 2 * layers * model.base_model.layers[0].self_attn.k_proj.out_features * length
@@ -1500,8 +1459,7 @@ def fit_into_memory(cfg, model, longest_prompt):
     free = 0.95e-9 * torch.cuda.mem_get_info(model.device)[0]
     training, row = memory_gb(model, cfg, longest_prompt)
     rows = int((free - training) / row)
-    show(f"memory    {free:.1f} GB are free beside the weights: {training:.1f} for training, the rest for "
-         f"{rows:,} completions at once")
+    show(f"memory    {free:.1f} GB beside the weights: {training:.1f} for training, {rows:,} completions")
     if rows < max(cfg.group_size, cfg.eval_samples, cfg.rejection_samples):
         raise InputError(f"memory is too small for one group; lower max_completion_tokens "
                          f"({cfg.max_completion_tokens}), micro_batch_tokens ({cfg.micro_batch_tokens}) or "
@@ -1608,7 +1566,6 @@ def tokenize(text):
 
 class AnswerParser:
     """A recursive descent from tokens to a value: a sympy expression, or a tuple of a kind and its parts."""
-
     def __init__(self, tokens):
         self.tokens, self.units = [*tokens, ""], []
 
@@ -1729,7 +1686,6 @@ def answers_equal(predicted: str, answer: str) -> bool:
     return texts and compare(predicted[:MAX_CHARACTERS + 1], answer[:MAX_CHARACTERS + 1]) == "right"
 
 # ---- Countdown and programs --------------------------------------------------------------------------------
-
 def countdown_equal(expression, numbers, target):
     """Whether + - * / and brackets make the target of the numbers, each used once; "= value" may follow."""
     formula, _, stated = expression.translate(str.maketrans("x×÷−", "**/-")).partition("=")
@@ -1764,9 +1720,8 @@ os._exit(0)
 
 def run_tests(program, tests, time_limit_seconds=5.0):
     """Run a program, then its tests, which are assert lines -> "right", "wrong", "timeout" or "error".
-    The child process has its own group and folder, no environment, 512 MB and 30 seconds of CPU; its group is
-    killed at the end. This contains accidents and is no security boundary: for hostile code use a container
-    or virtual machine. No tests are an error, as is a child that cannot be started."""
+    The child has a process group, which is killed at the end, a folder, no environment, 512 MB, 30 seconds of
+    CPU. This contains accidents and is no security boundary: for hostile code use a container."""
     password = secrets.token_hex(16)
     try:
         with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
@@ -1792,7 +1747,6 @@ def run_tests(program, tests, time_limit_seconds=5.0):
     return ("right" if passed else "wrong") if tests else "error"
 
 # ---- Runs --------------------------------------------------------------------------------------------------
-
 MAY_CHANGE = ("steps", "save_every", "sample_every", "resume", "output_dir")  # when a run is resumed
 MINUTES = dict(zero=4, r1=8, distill=10)  # for the embedded models on one thread of a laptop
 show = tqdm.write  # it prints a line without breaking a progress bar
@@ -1849,8 +1803,8 @@ def claim_folder(cfg):
 
 def verifies(problem):
     """Tell whether a rule can judge a problem: by its tests, or by a reference that equals itself."""
-    checked = problem.task == "code" or answers_equal(problem.answer, problem.answer)
-    return checked and problem.task not in GENERAL
+    same = problem.task not in GENERAL and answers_equal(problem.answer, problem.answer)
+    return same or problem.task == "code"
 
 def load_data(cfg):
     """Load what a stage trains on, and what it evaluates on; no problem is in both."""
@@ -1880,7 +1834,6 @@ class Run:
     """A stage at work: its settings, data and models, and the folder that it writes.
     The folder holds config.json, metrics.jsonl (a line a step), evaluations.jsonl, samples.jsonl,
     summary.json, checkpoint/ (to resume from), best/ and final/ (ordinary transformers checkpoints)."""
-
     def __init__(self, cfg):
         """Take the folder. Raises InputError if another process has it."""
         self.cfg, self.facts, self.logs, self.said, self.began = cfg, {}, {}, [], time.perf_counter()
@@ -2026,8 +1979,8 @@ class Run:
     def finish(self):
         """Write summary.json, which tells that the stage is finished, and show what came out."""
         facts, seconds = self.facts, time.perf_counter() - self.began
-        summary = dict(steps=self.cfg.steps, seconds=seconds, **facts)
-        write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        summary = json.dumps(dict(steps=self.cfg.steps, seconds=seconds, **facts), indent=2)
+        write_text(self.folder / "summary.json", summary + "\n")
         both = {name: facts[name] for name in ("before", "after") if name in facts}
         table = facts.get("results", both)  # of evaluations, one a row
         columns = [name for name in TABLE if any(name in row for row in table.values())]
@@ -2050,7 +2003,6 @@ TABLE = dict(pass_at_1="pass@1", interval="+-", maj_at_k="maj@k", format_rate="f
 def finishing_steps():
     """Note the first Ctrl-C or SIGTERM, and raise it when the block is left; a second one ends at once."""
     noted = []
-
     def note(signum, _):
         if noted:
             raise KeyboardInterrupt(signum)
@@ -2099,7 +2051,6 @@ def sparkline(values):
     return "".join("▁▂▃▄▅▆▇█"[int(7.99 * (value - low) / (high - low or 1))] for value in drawn)
 
 # ---- Stages that do one thing ------------------------------------------------------------------------------
-
 def sft(run):
     """Supervised training on the completions in --data: cold start, rejection sampling's, a teacher's."""
     cfg = run.prepare()
@@ -2144,7 +2095,6 @@ def measure(run):
 STAGES = dict(zero=r1_zero, r1=r1, distill=distill, sft=sft, reward=reward_model, sample=sample, eval=measure)
 
 # ---- Command line ------------------------------------------------------------------------------------------
-
 GROUPS = dict(stage="what runs", template="prompts", cold_start="R1's stages and distillation", steps="GRPO",
               prompts_per_step="sampling", format_weight="rewards", sft_epochs="supervised training",
               micro_batch_tokens="memory", eval_every="evaluation")  # by their first setting
@@ -2155,10 +2105,9 @@ def refuse(message):
 
 def build_parser():
     """Make a parser of Config: each field is a flag, in the group that it stands in."""
-    parser = argparse.ArgumentParser(
-        usage="python grpo.py [--SETTING VALUE ...]", description=__doc__.split("\n\n")[2],
-        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS)  # only what was typed counts
+    parser = argparse.ArgumentParser(  # SUPPRESS: only what was typed counts
+        usage="python grpo.py [--SETTING VALUE ...]", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        description=__doc__.split("\n\n")[2], formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error, hints = refuse, get_type_hints(Config)
     for f in dataclasses.fields(Config):
         if f.name in GROUPS:
