@@ -1,7 +1,7 @@
 """grpo.py: how DeepSeek-R1 was made, in one readable file.
 
 R1-Zero takes a base model, samples a group of completions for every problem, rewards them by rule, and makes
-those that did better than their group more likely; it sees no example of reasoning. R1 begins with a few,
+those that did better than their group more likely; it sees no example of reasoning. R1 begins with some,
 trains the base anew on right samples, and ends with RL for all that users ask. Distillation needs no RL.
 
     python grpo.py                                           # R1-Zero, on a laptop
@@ -21,7 +21,7 @@ Part one is the paper; you can stop when it is over.       First to read
     Recipes       R1-Zero, R1, distillation                  r1
 Part two is the workshop: problems (Problem), the embedded world of a tiny base model and the generated texts
 that it reads, so that all of part one runs on a laptop (build_base_model), the decoder (Decoder), loading
-models (load_model), the grader (compare), programs (run_tests), runs (Run), the command line (main).
+models (load_model), the grader (compare), programs (run_tests), runs (Run, sft), the command line (main).
 
 References: [R1] DeepSeek-R1, arXiv 2501.12948v1; [N] the same in Nature 645 (2025) 633-638, with settings;
 [GRPO] DeepSeekMath, 2402.03300; [DAPO] 2503.14476; [DrGRPO] 2503.20783; [PASS] pass@k, 2107.03374.
@@ -31,17 +31,18 @@ Departures from the paper, all of them:
     2. A group's standard deviation is the population's plus 1e-4, and a flat group has advantage exactly 0.
     3. The clip range is 0.2. The paper gives none for R1-Zero; [N] gives 10 for R1, which hardly ever acts.
     4. Truncated completions stay in the loss with what they earned; --mask_truncated takes them out.
-    5. A step is one rollout and serves 2 updates, not 16; batches, lengths and models are far smaller.
+    5. A step is one rollout for 2 updates, not 16; batches, lengths and models are smaller, rates differ.
     6. Where the paper is silent: Adam's betas are (0.9, 0.95), there is no weight decay, gradients are
        clipped to norm 1, warm-up takes 5 steps, and sums are in float32 over bfloat16 weights.
     7. The embedded model has β = 0, in the fourth stage 0.03; the reference is renewed only with --ref_every.
-    8. Rules alone filter the third stage's samples, and one a problem is kept; the paper's judge is a model.
-    9. One reward model serves helpfulness and harmlessness. Its pairs are the policy's replies against the
-       good one. It judges half of the questions in 9/10 of the fourth stage's steps, not in a quarter.
+    8. Rules alone filter the third stage's samples, and one a problem is kept; the paper asks a model too.
+    9. One pairwise reward model serves both kinds; the paper's for harmlessness is pointwise. Its pairs set
+       the policy's replies against the good one. It acts in the last 9/10 of stage four, not in a quarter.
    10. In the embedded world programs write the first examples and general replies, two thirds of these bad.
 
-Dimension names: batch = prompts x group_size, the completions of a prompt side by side; completion = sampled
-tokens, padded on the right; length = prompt + completion, padded on the right; tokens = without any padding.
+Dimension names: batch = prompts x group_size, the completions of a prompt side by side (the variable `batch`
+is a step's list of problems); completion = sampled tokens; length = prompt + completion, both padded on the
+right; tokens = without any padding.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ class Config:
     cold_start: str | None = setting(None, "JSON lines with question and completion: R1's first examples")
     general_data: str | None = setting(None, "JSON lines: question, task, completion, rejected; see README")
     reward_model: str | None = setting(None, "classifier with one label that judges general_data")
-    preference_steps: Natural = setting(0, "last steps, every second question general [paper: 25 of 106]")
+    preference_steps: Natural = setting(0, "last steps, half of their questions general [paper: 25 of 106]")
     teacher: str | None = setting(None, "checkpoint that distill learns from")
     # sampling from π_old
     prompts_per_step: Count = setting(32, "questions in one step [paper: 512, in 16 updates of 32]")
@@ -195,8 +196,8 @@ class Config:
 
 TINY = dict(  # what the embedded model needs instead
     data="calculator", template="User: {question} Assistant:", prompts_per_step=16, group_size=16,
-    max_completion_tokens=144, sft_batch_size=32, sft_learning_rate=5e-4, rejection_samples=2, steps=30,
-    learning_rate=5e-4, kl_coef=0.0, micro_batch_tokens=2_048, gradient_checkpointing=False, eval_every=15)
+    max_completion_tokens=144, sft_batch_size=32, sft_learning_rate=5e-4, rejection_samples=2, steps=40,
+    learning_rate=5e-4, kl_coef=0.0, micro_batch_tokens=2_048, gradient_checkpointing=False, eval_every=20)
 EMBEDDED = dict(tiny=64, tinier=32)  # names of the embedded base models, and their widths
 
 def is_tiny(model):
@@ -224,7 +225,7 @@ def train_grpo(policy, tokenizer, problems, cfg, state=None, general=(), reward_
     if state and ref_model:
         ref_model.load_state_dict(state["ref_model"])
     first = state["step"] + 1 if state else 1
-    state = None  # what was loaded is not held twice
+    state = None  # so that what was loaded is not held twice
     for step in range(first, cfg.steps + 1):
         began, seed = time.perf_counter(), cfg.seed * 1_000_003 + step
         batch = batch_of_problems(problems, step, cfg)  # q ~ P(Q)
@@ -240,9 +241,8 @@ def train_grpo(policy, tokenizer, problems, cfg, state=None, general=(), reward_
 
         learning_rate = cfg.learning_rate * min(1.0, step / 5)  # warm-up
         order = torch.randperm(len(rollout.texts), generator=torch.Generator().manual_seed(seed))
-        updates = []
-        for rows in order.to(policy.device).chunk(cfg.updates_per_rollout):
-            updates.append(update_policy(policy, optimizer, rollout.select(rows), cfg, learning_rate))
+        updates = [update_policy(policy, optimizer, rollout.select(rows), cfg, learning_rate)
+                   for rows in order.to(policy.device).chunk(cfg.updates_per_rollout)]
         if ref_model and cfg.ref_every and step % cfg.ref_every == 0:
             ref_model.load_state_dict(policy.state_dict())
 
@@ -352,8 +352,8 @@ def language_reward(completion: str, problem: Problem) -> float:
 
 def score(rollout, batch, cfg, reward_model=None):
     """Reward every completion -> rewards (prompts, group_size), their parts by name, and counted outcomes.
-    Rules judge what has a reference, the reward model judges the rest [N Eq. 8-10]. Each part is a list of
-    batch numbers; None means that it does not apply."""
+    Rules judge what has a reference, the reward model the rest [N Eq. 8-10]. Each part lists one number a
+    completion, or None where it does not apply."""
     group_size = len(rollout.texts) // len(batch)
     rows = [(text, batch[b // group_size]) for b, text in enumerate(rollout.texts)]
     outcomes = [grade(*row)[1] for row in rows]
@@ -369,7 +369,7 @@ def score(rollout, batch, cfg, reward_model=None):
     return rewards.view(len(batch), group_size), parts, Counter(outcomes)
 
 def judged_part(completion, problem):
-    """A reward model sees the final part of a helpful answer, and all of a harmless one [N]."""
+    """A reward model sees the final part of a reply if it is to be helpful, all if harmless [R1 2.3.4]."""
     _, closed, final = completion.rpartition("</think>")
     if problem.task == "harmless":
         return completion
@@ -412,7 +412,7 @@ class RewardModel:
 # ---- Sampling ----------------------------------------------------------------------------------------------
 @dataclass
 class Rollout:
-    """One step's completions; row b answers prompt b // group_size.
+    """Completions and what is known of them; row b answers prompt b // group_size.
     Lengths count the end token; a row without it is truncated. sample_logprobs were noted while sampling.
     Texts lack the end token; a `<think>` that ends the prompt is put before them."""
     ids: torch.Tensor  # (batch, length): prompt and completion
@@ -512,7 +512,7 @@ def as_rollout(tokenizer, prompts, encoded, ids, logprobs, stops):
     return rollout
 
 def join_rollout(prompts, completions, texts, logprobs):
-    """A Rollout of token ids of prompts and completions, lists of batch lists; none is truncated."""
+    """Join lists of the token ids of prompts and completions into a Rollout; no row counts as truncated."""
     ids = pad_rows([prompt + completion for prompt, completion in zip(prompts, completions)])
     prompt_tokens, lengths = (torch.tensor([len(row) for row in rows]) for rows in (prompts, completions))
     columns = (ids, prompt_tokens, lengths, torch.zeros(len(lengths), dtype=torch.bool))
@@ -661,8 +661,7 @@ def train_reward_model(reward_model, pairs, cfg):
     def batch_loss(rows):
         both = [encoded[row] for row in rows]
         for part in pack([max(map(len, pair)) for pair in both], cfg.micro_batch_tokens // 2):
-            scores = reward_model.scores([both[i][side] for side in (0, 1) for i in part])
-            chosen, rejected = scores.chunk(2)
+            chosen, rejected = reward_model.scores([both[i][side] for side in (0, 1) for i in part]).chunk(2)
             yield -F.logsigmoid(chosen - rejected).sum() / len(rows)
 
     return fit(reward_model.model, cfg, len(pairs), batch_loss)
@@ -700,7 +699,8 @@ def encode_examples(tokenizer, examples, cfg, device):
         if len(ids) <= cfg.max_completion_tokens:
             rows.append((encode_prompt(tokenizer, prompt), ids, text))
     if len(rows) < len(examples):
-        show(f"warning   {len(examples) - len(rows)} examples beyond max_completion_tokens are left out")
+        show(f"warning   {len(examples) - len(rows)} of {len(examples)} examples are longer than "
+             f"max_completion_tokens ({cfg.max_completion_tokens}) and are left out")
     if not rows:
         raise InputError("data: no example is left; raise max_completion_tokens")
     return join_rollout(*zip(*rows), torch.zeros(len(rows), cfg.max_completion_tokens, device=device))
@@ -737,7 +737,7 @@ def preference_pairs(model, tokenizer, problems, cfg):
     return pairs
 
 # ---- Evaluation [R1 3] -------------------------------------------------------------------------------------
-EVAL_TOP_P = 0.95  # [R1 3.1]
+EVAL_TOP_P = 0.95  # [R1 3]
 
 def pass_at_k(n: int, c: int, k: int) -> float:
     """The probability that k of n samples, c of them right, contain a right one [PASS Eq. 1]."""
@@ -757,13 +757,13 @@ def same_text(a, b):
     return "".join(a.split()) == "".join(b.split())
 
 def half_interval(values):
-    """Half the 95 % interval of a mean, from one value a problem: its samples are not independent."""
+    """Half the 95 % interval of a mean of one value a problem, as a problem's samples are not independent."""
     if len(values) == 1 or max(values) == min(values) in (0, 1):
-        return 3 / len(values)  # the rule of three
+        return 3 / len(values)  # all right or all wrong: the rule of three
     return 1.96 * statistics.stdev(values) / len(values) ** 0.5
 
 def evaluate(model, tokenizer, problems, cfg, samples=None):
-    """Sampled accuracy as in the paper [R1 3]: pass@1 over eval_samples completions, and what goes with it.
+    """Sampled accuracy as in the paper [R1 3]: pass@1 over eval_samples completions, vote, format, length.
     A list `samples` receives a dict of every completion: question, answer, completion, outcome."""
     n = cfg.eval_samples
     rollout = sample_for(model, tokenizer, problems, cfg, n, cfg.seed, cfg.eval_temperature, EVAL_TOP_P)
@@ -815,7 +815,7 @@ def evaluate_general(model, tokenizer, questions, cfg, reward_model=None):
 
 def r1_zero(run):
     """R1-Zero: the model answers, is rewarded by rules, and learns from what was better than the rest.
-    It is so on a base model [R1 2.2]. R1's second stage is the same, and its fourth, with general_data."""
+    On a base model it is R1-Zero [R1 2.2]; else R1's second stage or, with preference_steps, its fourth."""
     cfg = run.prepare()
     step = run.state["step"] if run.state else 0
     if not run.state:
@@ -842,12 +842,12 @@ def r1(run):
     cold = cfg.cold_start or write_problems(run.folder / "cold-start.jsonl", cold_start_traces(200, cfg.seed))
     general = cfg.general_data or write_problems(run.folder / "general.jsonl", general_problems())
     language_weight, shown = cfg.language_weight or 1.0, dict(general_data=general)
+    steps = math.ceil(1.5 * cfg.steps)  # of the last stage
 
-    # The factors below were tuned on the embedded world. 0 asks for the value that stands here.
+    # Factors tuned on the embedded world; a language_weight, kl_coef or preference_steps of 0 takes them.
     run.stage("0-base", "eval", **shown)
     dev1 = run.stage("1-cold-start", "sft", data=cold, **shown)
-    dev2 = run.stage("2-reasoning-rl", "zero", model=dev1, language_weight=language_weight,
-                     steps=math.ceil(1.5 * cfg.steps), **shown)
+    dev2 = run.stage("2-reasoning-rl", "zero", model=dev1, language_weight=language_weight, **shown)
     run.stage("3-samples", "sample", model=dev2)
     mixed = write_problems(run.folder / "mixed.jsonl", [  # reasoning, and general replies
         *read_problems(run.folder / "3-samples" / "examples.jsonl"),
@@ -861,13 +861,13 @@ def r1(run):
         judge = run.stage("4-reward-model", "reward", data=pairs, eval_data=None, sft_epochs=4,
                           sft_learning_rate=4 * cfg.sft_learning_rate)
     run.stage("4-all-scenarios", "zero", model=dev3, language_weight=language_weight, temperature=0.7,
-              steps=2 * cfg.steps, preference_steps=cfg.preference_steps or math.ceil(1.8 * cfg.steps),
+              steps=steps, preference_steps=cfg.preference_steps or math.ceil(0.9 * steps),
               reward_model=judge, kl_coef=cfg.kl_coef or 0.03, eval_every=0, **shown)
 
 def distill(run):
     """Distillation against RL [R1 2.4, 4.1]: one student, taught or trained for about equally long.
-    The embedded student learns best from many examples. A few overfit: then a sixth of the teaching, followed
-    by GRPO at a lower rate than a base model needs, is better."""
+    The embedded student learns best from many examples. A few overfit: a sixth of the updates, then GRPO at a
+    lower rate, does better."""
     cfg = run.begin_recipe()
     student = "tinier" if cfg.model == "tiny" else cfg.model
     teacher = cfg.teacher or run.stage("0-teacher", "zero", language_weight=1.0)
@@ -879,12 +879,11 @@ def distill(run):
     passes = max(6, epochs * len(rows) // 100)  # over the few, for as many updates as the many get
 
     run.stage("a-as-it-was", "eval", model=student)
-    run.stage("b-grpo", "zero", model=student, steps=2 * cfg.steps)
+    run.stage("b-grpo", "zero", model=student, steps=math.ceil(1.5 * cfg.steps))
     run.stage("c-many", "sft", model=student, data=many, sft_epochs=epochs)
     run.stage("d-few", "sft", model=student, data=few, sft_epochs=passes)
     short = run.stage("e-few-short", "sft", model=student, data=few, sft_epochs=passes // 6)
-    run.stage("e-then-grpo", "zero", model=short, steps=math.ceil(1.5 * cfg.steps),
-              learning_rate=0.4 * cfg.learning_rate)
+    run.stage("e-then-grpo", "zero", model=short, learning_rate=0.4 * cfg.learning_rate)
 
 # ========================================== Part two: the workshop ==========================================
 
@@ -913,7 +912,7 @@ class Problem:
         """Tell whether it is for evaluation only. A hash decides, so nothing but the problem does."""
         return int(hashlib.sha256(self.key.encode()).hexdigest()[:12], 16) % one_in == 0
 
-FIELDS = dict(  # of a row in a file: the rule in words, the types it allows; in sets, those of a list's items
+FIELDS = dict(  # of a row: the rule in words, then the types allowed; a set holds the item types of a list
     question=("text", str), answer=("text or a number", str, int, float), completion=("text", str),
     rejected=("text", str), numbers=("a list of whole numbers", set(), {int}),
     tests=("a list of assert lines", set(), {str}))
@@ -1027,13 +1026,13 @@ def micro_batches(rollout, max_tokens):
     return [torch.tensor(rows, device=rollout.ids.device) for rows in pack(lengths, max_tokens)]
 
 def mean(values):
-    """Arithmetic mean of numbers, 0 if there are none; None is no number."""
+    """Arithmetic mean of numbers, 0 if there are none; None is skipped."""
     values = [value for value in values if value is not None]
     return sum(values) / len(values) if values else 0.0
 
 # ---- The embedded world ------------------------------------------------------------------------------------
-# A base model has read how people reason, and rarely does it when it is asked. Here the reading is generated:
-# the books check their tries to the end, the Assistant of the dialogues mostly blurts out the first thing.
+# A base model has read how people reason, but rarely does so when asked. Here the reading is generated: books
+# that check every try, drills in comparing, and dialogues whose Assistant mostly blurts out its first guess.
 
 CHINESE = dict(zip("try wait but so yes low high".split(), "试 等 但 故 对 小 大".split()))
 VOCABULARY = ["<pad>", "<end>", "<unk>", *"User: Assistant: make <think> </think> <answer> </answer>".split(),
@@ -1206,7 +1205,7 @@ def muon_step(weight, momentum, learning_rate):
     weight -= learning_rate * (x.T * (x.shape[1] / x.shape[0]) ** 0.5 if tall else x)
 
 def pretrain(model, seed, steps):
-    """Next-token prediction on the bodies of ever new documents; the learning rate falls linearly."""
+    """Next-token prediction on the bodies of ever new documents; the rate warms up, then falls linearly."""
     torch.set_num_threads(1)  # its matrices are so small that waiting for a second thread costs more
     embeddings = model.get_input_embeddings().weight
     matrices = [weight for weight in model.parameters() if weight.dim() == 2 and weight is not embeddings]
@@ -1382,7 +1381,7 @@ def pick_device(cfg):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         if torch.cuda.is_bf16_supported(False) and not is_tiny(cfg.model):
-            dtype = torch.bfloat16  # in it, the embedded model learns worse: it ends at .939, not .963
+            dtype = torch.bfloat16  # in which the embedded model learns worse
     return device, dtype if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
 
 @functools.lru_cache
@@ -1512,7 +1511,7 @@ def build(head, *args):
 
 MP = sympy.core.evalf.mp.clone()          # sympy's numerical half, with a precision nobody else can change
 MP.prec, MAX_BITS, MAX_CHARACTERS, TOLERANCE = 1200, 1000, 300, MP.mpf(2) ** -1050
-# The vocabulary begins with what it means. An operator: how tightly it binds, and what it builds.
+# Each operator: how tightly it binds, and what it builds.
 OPERATORS = {"=": (1, lambda *ab: ("=", *ab)), "+": (2, sympy.Add), "-": (2, sympy.Add), "*": (3, sympy.Mul),
              "/": (3, lambda a, b: build(sympy.Mul, a, build(sympy.Pow, b, -1))), "^": (5, sympy.Pow)}
 COMMANDS = {r"\frac": OPERATORS["/"][1], r"\root": lambda n, x: build(sympy.Pow, x, build(sympy.Pow, n, -1))}
@@ -1528,11 +1527,12 @@ ALIASES = {alias: token for token, aliases in {       # other spellings; a quote
     "=": r"\in ∈", r"\{": r"\lbrace", r"\}": r"\rbrace", "(": r"\langle", ")": r"\rangle", r"\pm": "±",
     r"\pi": "π", r"\infty": r"∞ \inf", r"\emptyset": r"\varnothing ∅", ",": r""" "or "and ; \cup ∪""",
 }.items() for alias in aliases.split()}
-# A word behind a value is its unit. Listed are the units of up to three letters, and words that are no units.
+# A word after a value is its unit: of four letters or more, or one of these, but none of NOT_UNITS.
 UNITS = "cm|mm|km|in|ft|yd|mi|kg|mg|lbs?|oz|sec|min|hrs?|mph|days?|ml|sq|st|nd|rd|th|cups?|per|of|and|or"
 NOT_UNITS = (r"not|wrong|plus|minus|negative|squared|cubed|factorial|half|halves|thirds?|quarters?|fifths?|"
              r"tenths?|hundredths?|dozen|hundred|thousand|\w*illion\w*")
-REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (    # what one token cannot show
+# What one token cannot show: \frac12 becomes \frac{1}{2}, 3 1/2 (3+1/2), 5\text{ cm} 5 "cm, 50\% 50 "percent.
+REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (    # in this order
     (r"^\s*(?i:the (?:final )?answer is:?)|^[\s*]+|[\s.,;*]+$", ""), (r"\\arc", r"\\a"),
     (r"(?<![\d,.(\[])(?<!\\\{)\d{1,3}(?:(?:\{,\}|,?\\[,!]\s?|,)\d{3})+(?!\d|,\d)",
      lambda m: re.sub(r"\D", "", m[0])),                                        # 1,234, but (1,234) is a pair
@@ -1748,7 +1748,7 @@ def run_tests(program, tests, time_limit_seconds=5.0):
 
 # ---- Runs --------------------------------------------------------------------------------------------------
 MAY_CHANGE = ("steps", "save_every", "sample_every", "resume", "output_dir")  # when a run is resumed
-MINUTES = dict(zero=4, r1=8, distill=10)  # for the embedded models on one thread of a laptop
+MINUTES = dict(zero=3, r1=8, distill=10)  # for the embedded models on one thread of a laptop
 show = tqdm.write  # it prints a line without breaking a progress bar
 
 def read_json(path):
@@ -1808,9 +1808,9 @@ def verifies(problem):
 
 def load_data(cfg):
     """Load what a stage trains on, and what it evaluates on; no problem is in both."""
-    field = dict(sft="completion", reward="rejected").get(cfg.stage, "answer")
-    fits = verifies if field == "answer" else operator.attrgetter(field)
-    judged = fits if cfg.stage == "reward" else verifies
+    needed = dict(sft="completion", reward="rejected").get(cfg.stage, "answer")
+    fits = verifies if needed == "answer" else operator.attrgetter(needed)
+    judged = fits if cfg.stage == "reward" else verifies  # sft is evaluated by rules, as GRPO is
     whole = cfg.eval_data or cfg.stage == "eval"
     rows = load_problems(cfg.eval_data or cfg.data, True, whole, "eval_data" if cfg.eval_data else "data")
     held_out = list(itertools.islice(filter(judged, rows), cfg.eval_problems))
@@ -1818,9 +1818,9 @@ def load_data(cfg):
     rows = [] if cfg.stage == "eval" else load_problems(cfg.data, False, whole)
     problems = [problem for problem in rows if fits(problem) and problem.key not in taken]
     show(f"data      {cfg.data}: {len(problems):,} problems to train on, {len(held_out):,} to evaluate on; "
-         f"{len(rows) - len(problems):,} rows left out (without a usable {field}, or in eval_data too)")
+         f"{len(rows) - len(problems):,} rows left out (without a usable {needed}, or in eval_data too)")
     if not held_out or not problems and cfg.stage != "eval":
-        raise InputError(f"data {cfg.data!r}: stage {cfg.stage} needs more rows with a usable {field}")
+        raise InputError(f"data {cfg.data!r}: stage {cfg.stage} needs more rows with a usable {needed}")
     return problems, held_out
 
 def load_general(cfg, evaluation):
@@ -2031,15 +2031,16 @@ def doctor(history):
     m, first = history[-1], history[0]["entropy"] or 0
     fives = [mean(row["accuracy"] for row in history[i : i + 5]) for i in range(0, len(history), 5)]
     if m["grad_norm"] is None:
-        return ["the gradient is not finite: this update was left out"]
+        return ["the gradient is not finite: such an update is left out"]
     weak, unread = m["accuracy"] < 0.9, m["outcomes"].get("unparsable", 0)
+    lately = mean(row["accuracy"] for row in history[-5:])
     findings = {
         "most completions are cut off: raise max_completion_tokens": m["truncated"] > 0.5,
         "most groups are flat: take easier problems or a larger group_size": m["flat_groups"] > 0.8 and weak,
         "the policy moves far in a step: lower learning_rate": m["clipped"] > 0.3,
         "entropy explodes: learning_rate is probably too high": m["entropy"] > 2 * first + 0.5,
         "entropy has collapsed: learning_rate is probably too high": m["entropy"] < 0.02 and weak,
-        "accuracy has fallen far from its best: lower learning_rate": fives[-1] < max(fives) - 0.2,
+        "accuracy has fallen far from its best: lower learning_rate": lately < max(fives) - 0.2,
         "sampling and training disagree on log-probabilities before any update": m["sampler_gap"] > 0.05,
         "many answers could not be read as answers": unread > 0.2 * sum(m["outcomes"].values())}
     return [sentence for sentence, holds in findings.items() if holds]
@@ -2052,7 +2053,7 @@ def sparkline(values):
 
 # ---- Stages that do one thing ------------------------------------------------------------------------------
 def sft(run):
-    """Supervised training on the completions in --data: cold start, rejection sampling's, a teacher's."""
+    """Supervised training on the completions in --data: first examples, filtered samples or a teacher's."""
     cfg = run.prepare()
     run.facts["before"] = run.evaluate(0)
     losses = train_sft(run.policy, run.tokenizer, run.problems, cfg)
@@ -2142,7 +2143,7 @@ def parse_args(argv):
     return dataclasses.replace(cfg, **typed)
 
 def carry_out(run):
-    """Carry out a run from its first sentence to its summary; if it fails too early, its folder goes."""
+    """Carry out a run, from first sentence to summary; if it fails before a checkpoint, its folder goes."""
     cfg = run.cfg
     try:
         summary = read_json(run.folder / "summary.json")
