@@ -38,7 +38,7 @@ Departures from the paper, all of them:
     8. Rules alone filter the third stage's samples, and one a problem is kept; the paper asks a model too.
     9. One pairwise reward model serves both kinds; the paper's for harmlessness is pointwise. Its pairs set
        the policy's replies against the good one. It acts in the last 9/10 of stage four, not in a quarter.
-   10. In the embedded world programs write the first examples and general replies, two thirds of these bad.
+   10. In the embedded world programs write the first examples and general replies, half of these bad.
 
 Dimension names: batch = prompts x group_size, the completions of a prompt side by side (the variable `batch`
 is a step's list of problems); completion = sampled tokens; length = prompt + completion, both padded on the
@@ -842,7 +842,7 @@ def r1(run):
     cold = cfg.cold_start or write_problems(run.folder / "cold-start.jsonl", cold_start_traces(200, cfg.seed))
     general = cfg.general_data or write_problems(run.folder / "general.jsonl", general_problems())
     language_weight, shown = cfg.language_weight or 1.0, dict(general_data=general)
-    steps = math.ceil(1.5 * cfg.steps)  # of the last stage
+    steps = 2 * cfg.steps  # of the last stage
 
     # Factors tuned on the embedded world; a language_weight, kl_coef or preference_steps of 0 takes them.
     run.stage("0-base", "eval", **shown)
@@ -1129,11 +1129,11 @@ def small_talk(rng, kind, name):
     return Problem(question.format(name), task=task, completion=good, rejected=bad)
 
 def general_problems():
-    """Every kind of small talk from everybody: a preference pair, and two examples that are mostly bad."""
+    """Every kind of small talk from everybody: a preference pair, and twice an example, good or bad."""
     rng, rows = random.Random(0), []
     for name, kind in itertools.product(NAMES, SMALL_TALK):
         pair = small_talk(rng, kind, name)
-        text = rng.choice((pair.completion, pair.rejected, pair.rejected))
+        text = rng.choice((pair.completion, pair.rejected))
         rows += [*2 * [dataclasses.replace(pair, completion=text, rejected="")], pair]
     return rows
 
