@@ -371,7 +371,7 @@ def test_r1_has_the_papers_stages_and_starting_points(finished, monkeypatch):
     assert facts["2-reasoning-rl"]["before"] == facts["1-cold-start"]["after"] != facts["0-base"]["before"]
     assert facts["4-all-scenarios"]["before"].items() >= facts["3-sft"]["after"].items()  # and what the judge says
     assert facts["3-sft"]["after"] != facts["2-reasoning-rl"]["after"] and "judge" in facts["4-all-scenarios"]["after"]
-    for name, expected in (("2-reasoning-rl", (1.0, 0, 1.0)), ("4-all-scenarios", (1.0, 6, 0.7))):
+    for name, expected in (("2-reasoning-rl", (1.0, 0, 1.0)), ("4-all-scenarios", (1.0, 8, 0.7))):
         assert tuple(settings[name][key] for key in ("language_weight", "preference_steps", "temperature")) == expected
     assert settings["4-all-scenarios"]["reward_model"] == "runs/r1/4-reward-model/final"
     assert {settings[name]["eval_data"] for name in EVALUATED} == {"runs/r1/held-out.jsonl"}
