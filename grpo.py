@@ -1748,7 +1748,7 @@ def run_tests(program, tests, time_limit_seconds=5.0):
 
 # ---- Runs --------------------------------------------------------------------------------------------------
 MAY_CHANGE = ("steps", "save_every", "sample_every", "resume", "output_dir")  # when a run is resumed
-MINUTES = dict(zero=3, r1=8, distill=10)  # for the embedded models on one thread of a laptop
+MINUTES = dict(zero=3, r1=7, distill=10)  # for the embedded models on one thread of a laptop
 show = tqdm.write  # it prints a line without breaking a progress bar
 
 def read_json(path):
