@@ -79,6 +79,7 @@ def start(argv, limit=None):
     pid = os.fork()
     if pid == 0:
         status = 99
+        torch.set_num_threads(1)  # after a fork torch renews its pool, and fails if two threads are the first to ask
         try:
             sys.stdout = sys.stderr = open(f"child-{os.getpid()}.log", "w", encoding="utf-8")
             if limit:
