@@ -257,6 +257,7 @@ def batch_of_problems(problems, step, cfg):
     This is a function of seed and step alone, so a resumed run needs no other memory of its place."""
     @functools.cache
     def order(epoch):
+        """All problems, as this epoch shuffles them."""
         return random.Random(f"{cfg.seed}/{epoch}").sample(problems, len(problems))
 
     places = range((step - 1) * cfg.prompts_per_step, step * cfg.prompts_per_step)
@@ -469,8 +470,10 @@ def sample_completions(model, tokenizer, prompts: list[str], *, group_size: int,
     """Sample `group_size` completions of each prompt -> Rollout of prompts x group_size rows.
     A completion depends on its prompt, its place in the batch and the seed: not on its neighbours, on rows
     that leave once they have ended, or on waves (beyond `max_rows` rows, prompts go wave after wave)."""
-    if isinstance(prompts, str) or not prompts or temperature < 0:
-        raise ValueError(f"prompts {prompts!r:.30} must be a list of texts, temperature {temperature} >= 0")
+    sizes = min(group_size, max_completion_tokens)
+    if isinstance(prompts, str) or not prompts or sizes < 1 or temperature < 0:
+        raise ValueError(f"prompts {prompts!r:.30} must be a list of texts, temperature {temperature} >= 0, "
+                         f"group_size {group_size} and max_completion_tokens {max_completion_tokens} >= 1")
     model.eval()  # no dropout; and no gradient checkpointing, which would switch the cache off
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     prompt_ids, rows = pad_rows(encoded).to(model.device), len(prompts) * group_size
@@ -646,6 +649,7 @@ def train_sft(policy, tokenizer, examples, cfg):
     The loss is the mean of -log π over the tokens of completions, end tokens included; prompts are given."""
     data = encode_examples(tokenizer, examples, cfg, policy.device)
     def batch_loss(rows):
+        """Yield the loss of these examples in parts."""
         batch = data.select(rows.to(policy.device))
         weight = 1 / batch.completion_tokens.sum()
         for part in micro_batches(batch, cfg.micro_batch_tokens):
@@ -659,6 +663,7 @@ def train_reward_model(reward_model, pairs, cfg):
     encoded = [[reward_model.encode(text, pair) for text in (pair.completion, pair.rejected)]
                for pair in pairs]
     def batch_loss(rows):
+        """Yield the loss of these pairs in parts."""
         both = [encoded[row] for row in rows]
         for part in pack([max(map(len, pair)) for pair in both], cfg.micro_batch_tokens // 2):
             chosen, rejected = reward_model.scores([both[i][side] for side in (0, 1) for i in part]).chunk(2)
@@ -805,8 +810,8 @@ def evaluate_general(model, tokenizer, questions, cfg, reward_model=None):
     result = {task: mean(says_the_same(*row) for row in rows if row[1].task == task)
               for task in sorted({question.task for question in questions})}
     if reward_model:
-        good = [(question.completion, question) for _, question in rows]
-        margins = torch.tensor(reward_model(rows)) - torch.tensor(reward_model(good))
+        good = torch.tensor(reward_model([(question.completion, question) for question in questions]))
+        margins = torch.tensor(reward_model(rows)) - good.repeat_interleave(n)
         result["judge"] = float(margins.sigmoid().mean())
     return result
 
@@ -1748,7 +1753,7 @@ def run_tests(program, tests, time_limit_seconds=5.0):
 
 # ---- Runs --------------------------------------------------------------------------------------------------
 MAY_CHANGE = ("steps", "save_every", "sample_every", "resume", "output_dir")  # when a run is resumed
-MINUTES = dict(zero=3, r1=7, distill=10)  # for the embedded models on one thread of a laptop
+MINUTES = dict(zero=3, r1=7, distill=13)  # for the embedded models on one thread of a laptop
 show = tqdm.write  # it prints a line without breaking a progress bar
 
 def read_json(path):
@@ -2004,6 +2009,7 @@ def finishing_steps():
     """Note the first Ctrl-C or SIGTERM, and raise it when the block is left; a second one ends at once."""
     noted = []
     def note(signum, _):
+        """Handle a signal."""
         if noted:
             raise KeyboardInterrupt(signum)
         noted.append(signum)

@@ -318,3 +318,10 @@ def test_stop_tokens_are_the_union_of_model_tokenizer_and_the_ends_of_turns(make
 def test_a_prefilled_tag_belongs_to_the_text(prompt, start, make_model, tokenizer, monkeypatch):
     rows = [tokenizer(" 3 + 4")["input_ids"] + [319, tokenizer.eos_token_id]]  # 319: the tokenizer has fewer
     assert spelled(make_model(), tokenizer, monkeypatch, rows, prompt).texts == [start + " 3 + 4"]
+
+
+@pytest.mark.parametrize("changes", [dict(prompts="3 + 4"), dict(prompts=[]), dict(group_size=0),
+                                     dict(max_completion_tokens=0), dict(temperature=-0.1)])
+def test_what_makes_no_sense_is_refused_in_words(changes, make_model, tokenizer):
+    with pytest.raises(ValueError, match="must be a list of texts"):
+        sample(make_model(), tokenizer, **changes)
